@@ -1,0 +1,141 @@
+"""`onerec VERB`: one short function per verb, no logic. Bad input is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from onerec_jax.config import load_recipe
+from onerec_jax.errors import InputError
+
+app = typer.Typer(
+    help="OneRec-style generative recommenders in JAX.", no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=True,
+)  # fmt: skip
+
+RecipeName = Annotated[str, typer.Argument(help="a recipe of configs/ by name, or a YAML file", metavar="RECIPE")]
+RunName = Annotated[str, typer.Argument(help="a run by name or folder, RUN or RUN@STEP", metavar="RUN")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings, as key.path=value", metavar="[KEY=VALUE]...")]
+
+console = Console()
+
+
+def say(line: Any) -> None:
+    console.print(line, highlight=False)
+
+
+@app.command()
+def config(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print the resolved recipe as YAML."""
+    print(load_recipe(recipe, overrides or []).to_yaml(), end="")
+
+
+@app.command()
+def count(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Count the parameters of a recipe's model, without memory or data."""
+    from onerec_jax.model.onerec import build, count_parameters, planned_vocabulary
+
+    loaded = load_recipe(recipe, overrides or [])
+    counts = count_parameters(build(loaded.model, planned_vocabulary(loaded)))
+    table = Table("part", "parameters", "")
+    notes = {
+        "model": "everything whose size follows from width and depth",
+        "active": "of these, used by one token",
+        "codes": "code embeddings and output heads",
+        "features": "tag, bucket, label and category embeddings",
+        "tables": "id tables, at the recipe's planned vocabulary",
+    }
+    for name, value in counts.items():
+        table.add_row(name, f"{value:,}", notes[name])
+    say(table)
+
+
+@app.command()
+def data(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Turn a recipe's log into a dataset directory."""
+    from onerec_jax.data.prepare import prepare
+    from onerec_jax.data.store import Dataset
+
+    card = Dataset(prepare(load_recipe(recipe, overrides or []))).card
+    counts = card["counts"]
+    say(", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int)))
+
+
+@app.command()
+def tokenize(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Fit the tokenizer on a dataset's items and print its quality."""
+    from onerec_jax.data.store import Dataset
+    from onerec_jax.tokenizer.quality import table
+    from onerec_jax.tokenizer.semantic_ids import fit_semantic_ids
+
+    loaded = load_recipe(recipe, overrides or [])
+    ids = fit_semantic_ids(Dataset(loaded.dataset_directory), loaded.tokenizer, loaded.seed)
+    ids.save(loaded.tokenizer_directory)
+    say(table(ids.quality))
+
+
+@app.command()
+def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train, or go on training from the run's newest checkpoint."""
+    from onerec_jax.train import loop
+
+    run = loop.pretrain(load_recipe(recipe, overrides or []), say)
+    say(f"run: {run}")
+
+
+@app.command()
+def evaluate(run: RunName, overrides: Overrides = None) -> None:
+    """Item-level metrics of a run over the full catalogue, beside its floors."""
+    from onerec_jax.evaluate import evaluation
+    from onerec_jax.generate.load import load_recommender
+
+    say(evaluation.evaluate(load_recommender(run, overrides or []), say).table())
+
+
+@app.command()
+def recommend(
+    run: RunName,
+    user: Annotated[str, typer.Option(help="the user's id, as in the log")],
+    overrides: Overrides = None,
+    top: Annotated[int, typer.Option(help="how many items", min=1)] = 5,
+) -> None:
+    """Recommend items to one user after all that the log knows of them."""
+    from onerec_jax.generate.load import load_recommender
+    from onerec_jax.generate.recommendation import recommend_to
+
+    for part in recommend_to(load_recommender(run, overrides or []), user, top):
+        say(part)
+
+
+@app.command()
+def run(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """The whole road: data, tokenize, pretrain, evaluate, and a sample of recommendations."""
+    from onerec_jax.generate.load import load_recommender
+    from onerec_jax.generate.recommendation import recommend_to, sample_user
+
+    data(recipe, overrides)
+    tokenize(recipe, overrides)
+    pretrain(recipe, overrides)
+    loaded = load_recipe(recipe, overrides or [])
+    folder = str(loaded.run_directory)
+    evaluate(folder)
+    recommender = load_recommender(folder)
+    for part in recommend_to(recommender, str(sample_user(recommender)), 5):
+        say(part)
+
+
+def main() -> None:
+    """Entry point of the `onerec` command."""
+    try:
+        app()
+    except InputError as error:
+        print(f"onerec: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One run against its floors on one split, under one protocol, as a table and as `evaluation.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+from rich.progress import track
+from rich.table import Table
+
+from onerec_jax.config import Recipe, SimulatorSource, Source
+from onerec_jax.data.store import Dataset
+from onerec_jax.evaluate.floors import fit_floor, rank
+from onerec_jax.evaluate.metrics import coverage, ranking_metrics, value
+from onerec_jax.evaluate.requests import Requests, collect_requests, train_log
+from onerec_jax.generate.recommender import Recommender, slice_ragged
+
+_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics by row ("model" and each floor), and the protocol they were measured under."""
+
+    protocol: str
+    rows: dict[str, dict[str, float]]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def table(self) -> Table:
+        columns = list(next(iter(self.rows.values())))
+        table = Table(title=self.protocol, title_justify="left")
+        table.add_column("")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for name, metrics in self.rows.items():
+            cells = [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
+            table.add_row(name, *cells, style="bold" if name == "model" else None)
+        return table
+
+
+def floor_lists(name: str, dataset: Dataset, requests: Requests, recipe: Recipe, k: int) -> np.ndarray:
+    """Lists int32 [N,k] of one baseline fitted on the train part."""
+    scorer = fit_floor(name, train_log(dataset), recipe.evaluate)
+    lists = []
+    for first in range(0, len(requests), _CHUNK):
+        context = slice_ragged(requests.context, slice(first, min(first + _CHUNK, len(requests))))
+        assert context is not None
+        lists.append(rank(scorer(context), context if recipe.evaluate.exclude_seen else None, k))
+    return np.concatenate(lists)
+
+
+def watch_time(dataset: Dataset) -> Callable[[Requests, np.ndarray], float] | None:
+    """For simulated logs: mean true expected seconds of watching an item of these lists; None for real ones."""
+    source = TypeAdapter(Source).validate_python(dataset.card["source"])
+    if not isinstance(source, SimulatorSource):
+        return None
+    from onerec_jax.data.sources.simulator import expected_watch_time, make_platform
+
+    platform = make_platform(source, int(dataset.card["seed"]))
+
+    def measure(requests: Requests, lists_NxK: np.ndarray) -> float:
+        users = np.repeat(dataset.user_ids[requests.user], lists_NxK.shape[1])
+        times = np.repeat(requests.time_ms, lists_NxK.shape[1])
+        items = lists_NxK.reshape(-1)
+        filled = items >= 0
+        seconds = expected_watch_time(platform, users[filled], dataset.item_ids[items[filled]], times[filled])
+        return float(np.mean(seconds))
+
+    return measure
+
+
+def _metrics(lists: np.ndarray, requests: Requests, dataset: Dataset, recipe: Recipe) -> dict[str, float]:
+    """Recall and NDCG at each cut-off, and coverage at the largest."""
+    settings = recipe.evaluate
+    found = {name: value(metric) for name, metric in ranking_metrics(lists, requests.relevant, settings.ks).items()}
+    kind = "pair_recall" if settings.recall == "pair" else "recall"
+    chosen = {f"R@{k}": found[f"{kind}@{k}"] for k in settings.ks} | {f"N@{k}": found[f"ndcg@{k}"] for k in settings.ks}
+    k = max(settings.ks)
+    return chosen | {f"coverage@{k}": value(coverage(lists, k, dataset.num_items))}
+
+
+def evaluate(recommender: Recommender, report: Callable[[str], None] = print) -> Evaluation:
+    """Model and floors on the recipe's split; writes `evaluation.json` into the run."""
+    recipe, dataset = recommender.recipe, recommender.dataset
+    settings = recipe.evaluate
+    requests = collect_requests(dataset, recipe)
+    k = max(settings.ks)
+    seen = requests.context if settings.exclude_seen else None
+    measure = watch_time(dataset)
+    rows = {}
+
+    def add(name: str, lists: np.ndarray) -> None:
+        rows[name] = _metrics(lists, requests, dataset, recipe)
+        if measure is not None:
+            rows[name]["watch s"] = measure(requests, lists)
+
+    started = time.perf_counter()
+    add("model", recommender.recommend(requests.examples, seen, k, progress=True)[0])
+    report(f"beam search of {len(requests)} requests: {time.perf_counter() - started:.1f} s")
+    for name in track(settings.floors, "floors", transient=True):
+        add(name, floor_lists(name, dataset, requests, recipe, k))
+    if settings.free_examples:
+        rows["model"]["legal"] = recommender.legality(requests.examples[: settings.free_examples])
+    protocol = (
+        f"{settings.split}: {len(requests)} requests, {len(requests.relevant[0])} relevant pairs "
+        f"({'positive events' if settings.targets == 'positive' else 'all events'}), full catalogue of "
+        f"{dataset.num_items} items, seen items {'excluded' if settings.exclude_seen else 'kept'}, "
+        f"{'pair' if settings.recall == 'pair' else 'request'}-level recall, beam {settings.beam_width}"
+    )
+    evaluation = Evaluation(protocol, rows)
+    evaluation.save(recommender.run / "evaluation.json")
+    return evaluation

@@ -1,0 +1,1 @@
+"""Generation: from a request's context to semantic IDs, and from those to items."""

@@ -1,0 +1,115 @@
+"""A trained run as a function from requests to lists of items."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.pipeline import make_batch
+from onerec_jax.data.store import Dataset
+from onerec_jax.generate.beam import device_trie, make_beam_search, resolve_items
+from onerec_jax.model.batch import Batch
+from onerec_jax.model.onerec import Model
+from onerec_jax.parallel.mesh import data_parallel, make_mesh
+from onerec_jax.parallel.sharding import put_batch
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+from onerec_jax.train.state import TrainState
+
+Ragged = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommender:
+    """Model, parameters, data and semantic IDs of one run."""
+
+    run: Path
+    recipe: Recipe
+    dataset: Dataset
+    ids: SemanticIds
+    model: Model
+    state: TrainState
+
+    @property
+    def rows(self) -> dict[str, jax.Array]:
+        return {name: table["rows"] for name, table in self.state.tables.items()}
+
+    def _batches(self, examples: np.ndarray, size: int) -> Iterator[tuple[int, int, Batch]]:
+        """(first example, how many are real, batch) with contexts that end at each example's cut."""
+        mesh = make_mesh(self.recipe.mesh)
+        ways = data_parallel(mesh)
+        size = -(-min(size, max(1, len(examples))) // ways) * ways
+        for first in range(0, len(examples), size):
+            part = examples[first : first + size]
+            padded = part[np.resize(np.arange(len(part)), size)]
+            batch = make_batch(self.dataset, self.ids.codes, self.recipe.model, padded, 1, frozen=True)
+            yield first, len(part), put_batch(batch, mesh)
+
+    def recommend(
+        self, examples: np.ndarray, seen: Ragged | None, k: int, *, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lists of item rows int32 [N,k] (-1 = nothing) and their scores, by trie-constrained beam search."""
+        settings = self.recipe.evaluate
+        search = make_beam_search(self.model, settings.beam_width)
+        trie = device_trie(self.ids.trie)
+        items, scores = np.full((len(examples), k), -1, np.int32), np.full((len(examples), k), -np.inf, np.float32)
+        batches = self._batches(examples, settings.batch_size)
+        total = -(-len(examples) // settings.batch_size)
+        for first, count, batch in track(batches, "beam search", total, disable=not progress, transient=True):
+            beams = search(self.state.params, self.rows, self.state.bias, batch, trie)
+            leaf, score = np.asarray(beams.leaf)[:count], np.asarray(beams.score)[:count]
+            part = slice(first, first + count)
+            items[part], scores[part] = resolve_items(self.ids.trie, leaf, score, k, slice_ragged(seen, part))
+        return items, scores
+
+    def legality(self, examples: np.ndarray) -> float:
+        """Share of unconstrained beams whose semantic ID belongs to an item."""
+        search = make_beam_search(self.model, self.recipe.evaluate.beam_width, free=True)
+        trie = device_trie(self.ids.trie)
+        legal = beams_seen = 0
+        for _, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
+            beams = search(self.state.params, self.rows, self.state.bias, batch, trie)
+            codes = np.asarray(beams.codes)[:count].reshape(-1, self.ids.codes.shape[1])
+            legal += int((self.ids.trie.find(codes) >= 0).sum())
+            beams_seen += len(codes)
+        return legal / max(1, beams_seen)
+
+
+def slice_ragged(ragged: Ragged | None, part: slice) -> Ragged | None:
+    """The requests of `part` of (flat values, offsets)."""
+    if ragged is None:
+        return None
+    flat, offsets = ragged
+    own = offsets[part.start : part.stop + 1]
+    return flat[own[0] : own[-1]], own - own[0]
+
+
+def scores_of_items(recommender: Recommender, examples: np.ndarray, items_NxJ: np.ndarray) -> np.ndarray:
+    """Log-probability float32 [N,J] of items by the teacher-forced forward pass: the oracle of a beam's score."""
+    codes = recommender.ids.codes[items_NxJ]
+    batch = make_batch(recommender.dataset, recommender.ids.codes, recommender.recipe.model, examples, 1, frozen=True)
+    batch = dataclasses.replace(
+        batch,
+        targets=codes.astype(np.int32),
+        target_item=items_NxJ,
+        target_weight=np.ones(items_NxJ.shape, np.float32),
+        visible=np.repeat(batch.visible[:, :1], items_NxJ.shape[1], axis=1),
+    )
+
+    @jax.jit
+    def score(params, rows, bias, batch):
+        local, _ = recommender.model.localise(batch, touched_only=False)
+        logits, _ = recommender.model.bind(params)(local, rows, bias, None)
+        per_level = [
+            jnp.take_along_axis(jax.nn.log_softmax(level), batch.targets[..., i : i + 1], axis=-1)[..., 0]
+            for i, level in enumerate(logits)
+        ]
+        return sum(per_level[1:], start=per_level[0])
+
+    return np.asarray(score(recommender.state.params, recommender.rows, recommender.state.bias, batch))

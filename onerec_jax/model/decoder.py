@@ -1,0 +1,127 @@
+"""The point-wise decoder: BOS, s1, .. -> s1, s2, ..; causal self-attention, cross-attention, FFN or MoE (REFERENCE 1.4).
+
+T targets of a request share its context: cross-attention keys and values are computed once per request and block, for all
+targets in training and for all beams in generation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.data.schema import Vocabulary
+from onerec_jax.model.attention import Attention
+from onerec_jax.model.encoder import Context
+from onerec_jax.model.layers import Embedding, Linear, RMSNorm, dropout
+from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
+
+
+class DecoderBlock(nnx.Module):
+    """d <- d + CausalSelfAttn(norm d); d <- d + CrossAttn(norm d, Z, Z); d <- d + FFN or MoE(norm d)."""
+
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+        scale = (3 * config.decoder_layers) ** -0.5
+        self.rate = config.dropout
+        self.self_norm = RMSNorm(config.d_model)
+        self.self_attention = Attention(config, rngs, scale=scale)
+        self.cross_norm = RMSNorm(config.d_model)
+        self.cross_attention = Attention(config, rngs, scale=scale)
+        self.ffn_norm = RMSNorm(config.d_model)
+        self.ffn = FeedForwardOrMoE(config, moe, rngs, scale=scale)
+
+    def __call__(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_E, key):
+        """`past` are this block's keys and values [B,T,C',H,K] of the C' levels already decoded (C' may be 0).
+
+        Returns x, the load, and keys and values of all C'+C levels.
+        """
+        b, t, c, d = x_BxTxCxD.shape
+        normed = self.self_norm(x_BxTxCxD)
+        keys, values = (
+            jnp.concatenate([old, new], axis=2)
+            for old, new in zip(past, self.self_attention.keys_values(normed), strict=True)
+        )
+        total = keys.shape[2]
+        causal = jnp.arange(total)[None, :] <= jnp.arange(total - c, total)[:, None]
+        flat = (b * t, total, *keys.shape[3:])
+        y = self.self_attention(
+            normed.reshape(b * t, c, d), keys.reshape(flat), values.reshape(flat), causal[None, :, :]
+        )
+        x = residual(x_BxTxCxD, y.reshape(x_BxTxCxD.shape), self.rate, key, 0)
+        y = self.cross_attention(self.cross_norm(x).reshape(b, t * c, d), *cross, cross_mask)
+        x = residual(x, y.reshape(x.shape), self.rate, key, 1)
+        y, load = self.ffn(self.ffn_norm(x), bias_E, jnp.broadcast_to(valid_BxT[:, :, None], (b, t, c)))
+        return residual(x, y, self.rate, key, 2), load, (keys, values)
+
+
+class Decoder(nnx.Module):
+    """Code embeddings (shared with the encoder's item input), the stack, and one head per level."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
+        d, sizes = config.d_model, vocabulary.codebook_sizes
+        self.config = config
+        self.offsets = tuple(sum(sizes[:i]) for i in range(len(sizes)))
+        self.codes = Embedding(sum(sizes), d, rngs)
+        self.bos = nnx.Param(jax.random.normal(rngs.params(), (d,)) * 0.02)
+        self.position = nnx.Param(jax.random.normal(rngs.params(), (len(sizes), d)) * 0.02)
+        moe = bool(config.moe.experts)
+        self.stack = Stack(lambda m, r: DecoderBlock(config, m, r), config, config.decoder_layers, moe, rngs)
+        self.norm = RMSNorm(d)
+        self.heads = nnx.List([Linear(d, size, rngs) for size in sizes])
+
+    def embed_codes(self, codes_xC: Array, dtype: jnp.dtype) -> Array:
+        """Sum of the level embeddings of a semantic ID [..., C] -> [..., D]: an item in the encoder's input."""
+        levels = range(codes_xC.shape[-1])
+        return sum((self.codes(codes_xC[..., i] + self.offsets[i], dtype) for i in levels), start=jnp.zeros((), dtype))
+
+    def cross_keys_values(self, context: Context) -> Any:
+        """Every block's cross-attention keys and values, stacked [G, every, B, N, H, K]."""
+
+        def per_block(block: DecoderBlock, x: Array, *_):
+            return x, None, block.cross_attention.keys_values(x)
+
+        unused = jnp.zeros((self.stack.size, 1))
+        return self.stack(context.tokens, per_block, unused, None)[2]
+
+    def decode(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_GxE, key=None):
+        """Runs the stack on embedded levels; returns normed hidden states, load, and the grown cache."""
+
+        def per_block(block: DecoderBlock, x: Array, bias: Array, key: Array | None, extra: Any):
+            past, cross = extra
+            return block(x, past, cross, cross_mask, valid_BxT, bias, key)
+
+        x, load, cache = self.stack(x_BxTxCxD, per_block, bias_GxE, key, (past, cross))
+        return self.norm(x), load, cache
+
+    def empty_past(self, b: int, t: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+        c = self.config
+        shape = (self.stack.size, self.stack.every, b, t, 0, c.heads, c.d_model // c.heads)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def embed_level(self, level: int, codes: Array, dtype: jnp.dtype) -> Array:
+        """Input of position `level`: BOS for 0 (codes give the shape), else the code of the level before."""
+        position = self.position[...][level].astype(dtype)
+        if level == 0:
+            return jnp.broadcast_to(self.bos[...].astype(dtype) + position, (*codes.shape, self.bos.shape[0]))
+        return self.codes(codes + self.offsets[level - 1], dtype) + position
+
+    def __call__(self, context: Context, targets_BxTxC, visible_BxT, valid_BxT, bias_GxE, key: Array | None):
+        """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and the load [G,E]."""
+        dtype = context.tokens.dtype
+        b, t, levels = targets_BxTxC.shape
+        inputs = [self.embed_level(i, targets_BxTxC[..., max(0, i - 1)], dtype) for i in range(levels)]
+        x = dropout(jnp.stack(inputs, axis=2), self.config.dropout, None if key is None else jax.random.fold_in(key, 3))
+        mask = context.valid[:, None, :] & (context.position[None, None, :] < visible_BxT[:, :, None])
+        if self.config.causal:
+            mask = jnp.repeat(mask, levels, axis=1)
+        else:
+            mask = context.valid[:, None, :]
+        x, load, _ = self.decode(
+            x, self.empty_past(b, t, dtype), self.cross_keys_values(context), mask, valid_BxT, bias_GxE,
+            None if key is None else jax.random.fold_in(key, 4),
+        )  # fmt: skip
+        return tuple(head(x[:, :, i]).astype(jnp.float32) for i, head in enumerate(self.heads)), load

@@ -1,0 +1,111 @@
+"""The context encoder: z = [h_u; h_s; h_p; h_l] + e_pos through fully visible pre-norm blocks (REFERENCE 1.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.data.schema import Batch, Vocabulary
+from onerec_jax.model.attention import Attention
+from onerec_jax.model.batch import pathways
+from onerec_jax.model.layers import PathwayMLP, RMSNorm, dropout
+from onerec_jax.model.pathways import ItemEncoder, QFormer, StaticPathway, blank_padding
+from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """An encoded request. N = 1 static token + short + positive + lifelong queries."""
+
+    tokens: Array  # [B,N,D], normed
+    valid: Array  # bool [B,N]
+    position: Array  # int32 [N], index within `short`, -1 for tokens every target may see
+
+
+class EncoderBlock(nnx.Module):
+    """z <- z + SelfAttn(RMSNorm(z)); z <- z + FFN or MoE(RMSNorm(z))."""
+
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+        scale = (2 * config.encoder_layers) ** -0.5
+        self.rate = config.dropout
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = Attention(config, rngs, scale=scale)
+        self.ffn_norm = RMSNorm(config.d_model)
+        self.ffn = FeedForwardOrMoE(config, moe, rngs, scale=scale)
+
+    def __call__(self, z: Array, mask: Array, valid: Array, bias_E: Array, key: Array | None):
+        normed = self.attention_norm(z)
+        z = residual(z, self.attention(normed, *self.attention.keys_values(normed), mask), self.rate, key, 0)
+        y, load = self.ffn(self.ffn_norm(z), bias_E, valid)
+        return residual(z, y, self.rate, key, 1), load
+
+
+class Encoder(nnx.Module):
+    """Pathways, their projections, positions, and the stack."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
+        d = config.d_model
+        self.config = config
+        self.lengths = {"short": config.short_length, "positive": config.positive_length}
+        if config.lifelong_length:
+            self.lengths["lifelong"] = config.lifelong_queries
+        self.lengths = {name: n for name, n in self.lengths.items() if n}
+        self.item = ItemEncoder(config, vocabulary, rngs)
+        self.static = StaticPathway(config, vocabulary, rngs)
+        features = d + config.author_dim + 5 * config.feature_dim
+        hidden = config.pathway_hidden or 2 * d
+        self.projection = nnx.Dict({name: PathwayMLP(features, hidden, d, rngs) for name in self.lengths})
+        self.qformer = QFormer(config, rngs) if config.lifelong_length else None
+        self.position = nnx.Param(jax.random.normal(rngs.params(), (1 + sum(self.lengths.values()), d)) * 0.02)
+        moe = bool(config.moe.experts) and config.moe.location == "both"
+        self.stack = Stack(lambda m, r: EncoderBlock(config, m, r), config, config.encoder_layers, moe, rngs)
+        self.norm = RMSNorm(d)
+
+    def __call__(self, batch: Batch, rows: dict[str, Array], embed_codes, bias_GxE: Array, key: Array | None):
+        """Context of each request and the encoder's expert load [G,E]."""
+        dtype = jnp.dtype(self.config.dtype)
+        tokens = [self.static(batch.user, rows, dtype) + self.position[...][:1].astype(dtype)]
+        valid = [jnp.ones((batch.user.shape[0], 1), bool)]
+        start = 1
+        for name, events in pathways(batch).items():
+            clean, mask = blank_padding(events)
+            h = self.projection[name](self.item(clean, rows, embed_codes, dtype))
+            e_pos = self.position[...][start : start + self.lengths[name]].astype(dtype)
+            if name == "lifelong":
+                assert self.qformer is not None
+                h = self.qformer(h, mask) + e_pos
+                mask = jnp.broadcast_to(jnp.any(mask, axis=-1, keepdims=True), h.shape[:2])
+            else:
+                h = h + self._event_positions(e_pos, mask)
+            tokens.append(h)
+            valid.append(mask)
+            start += self.lengths[name]
+        z, seen = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+        position = jnp.full((z.shape[1],), -1, jnp.int32)
+        visible = seen[:, None, :]
+        if self.config.causal:
+            position = jnp.arange(z.shape[1], dtype=jnp.int32) - 1
+            visible = visible & (position[None, :, None] >= position[None, None, :])
+        z = dropout(z, self.config.dropout, None if key is None else jax.random.fold_in(key, 1))
+
+        def per_block(block: EncoderBlock, z: Array, bias: Array, key: Array | None, _):
+            z, load = block(z, visible, seen, bias, key)
+            return z, load, None
+
+        z, load, _ = self.stack(z, per_block, bias_GxE, None if key is None else jax.random.fold_in(key, 2))
+        return Context(tokens=self.norm(z), valid=seen, position=position), load
+
+    def _event_positions(self, e_pos_LxD: Array, valid_BxL: Array) -> Array:
+        """Positions count back from the most recent event, so that it always has the same one; a causal encoder's
+        events have no common last one and count from the first."""
+        if self.config.causal:
+            return e_pos_LxD
+        length = e_pos_LxD.shape[0]
+        shift = length - jnp.sum(valid_BxL, axis=-1, keepdims=True)
+        return jnp.take(e_pos_LxD, jnp.minimum(jnp.arange(length) + shift, length - 1), axis=0)

@@ -1,0 +1,81 @@
+"""The small layers everything is built from, as flax.nnx modules with plain call signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b); W is float32 and cast to the type of x."""
+
+    def __init__(self, d_in: int, d_out: int, rngs: nnx.Rngs, *, bias: bool = False, scale: float = 1.0):
+        self.kernel = nnx.Param(jax.random.truncated_normal(rngs.params(), -2, 2, (d_in, d_out)) * scale * d_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros((d_out,))) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A dense lookup table; tables of ids live in `model.tables` instead."""
+
+    def __init__(self, rows: int, width: int, rngs: nnx.Rngs, *, scale: float = 0.02):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * scale)
+
+    def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
+        return jnp.take(self.embedding[...].astype(dtype), ids, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, with the statistics in float32."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones((width,)))
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class PathwayMLP(nnx.Module):
+    """Dense(LeakyReLU(Dense(f))), the projection of every pathway (TR 2.2.1)."""
+
+    def __init__(self, d_in: int, hidden: int, d_out: int, rngs: nnx.Rngs):
+        self.up = Linear(d_in, hidden, rngs, bias=True)
+        self.down = Linear(hidden, d_out, rngs, bias=True)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.leaky_relu(self.up(x)))
+
+
+class FeedForward(nnx.Module):
+    """The dense feed-forward of two matrices, GELU between them."""
+
+    def __init__(self, d_model: int, hidden: int, rngs: nnx.Rngs, *, scale: float = 1.0):
+        self.up = Linear(d_model, hidden, rngs)
+        self.down = Linear(hidden, d_model, rngs, scale=scale)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.gelu(self.up(x)))
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity without a key (evaluation) or a rate."""
+    if key is None or not rate:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """Wraps a scanned body so that its backward pass recomputes what `policy` says."""
+    if policy == "none":
+        return body
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)

@@ -1,0 +1,127 @@
+"""The whole model, and how to make it: abstractly for counting and planning, or with values.
+
+`nnx.split` is called once; everything after passes plain pytrees. `Model` holds the static part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from onerec_jax.config import ModelConfig, Recipe, SimulatorSource
+from onerec_jax.data.schema import LABELS, Batch, Vocabulary
+from onerec_jax.model.decoder import Decoder
+from onerec_jax.model.encoder import Context, Encoder
+from onerec_jax.model.tables import init_tables, localise, table_shapes
+
+
+class OneRec(nnx.Module):
+    """Encoder and decoder over shared code embeddings."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, vocabulary, rngs)
+        self.decoder = Decoder(config, vocabulary, rngs)
+
+    def encode(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
+        return self.encoder(batch, rows, self.decoder.embed_codes, bias["encoder"], key)
+
+    def __call__(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
+        """Teacher-forced logits per level, and the expert loads of both stacks."""
+        context, encoder_load = self.encode(batch, rows, bias, key)
+        valid = batch.target_weight > 0
+        targets = jnp.where(valid[..., None], batch.targets, 0)
+        logits, decoder_load = self.decoder(context, targets, batch.visible, valid, bias["decoder"], key)
+        return logits, {"encoder": encoder_load, "decoder": decoder_load}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The static part of a model: hashable, made once, passed by closure."""
+
+    config: ModelConfig
+    vocabulary: Vocabulary
+    graph: Any
+    abstract: Any  # parameters as ShapeDtypeStructs, a plain nested dict
+
+    @property
+    def tables(self) -> dict[str, tuple[int, int]]:
+        return table_shapes(self.config, self.vocabulary)
+
+    def bind(self, params: Any) -> OneRec:
+        """The module over these parameters; free of cost inside a trace."""
+        return nnx.merge(self.graph, params)
+
+    def localise(self, batch: Batch, *, touched_only: bool) -> tuple[Batch, dict[str, Array | None]]:
+        return localise(batch, self.tables, self.vocabulary, touched_only=touched_only)
+
+    def encode(self, params: Any, rows: dict[str, Array], bias: dict[str, Array], batch: Batch) -> Context:
+        """Contexts in evaluation mode; `rows` are whole tables."""
+        batch, _ = self.localise(batch, touched_only=False)
+        return self.bind(params).encode(batch, rows, bias, None)[0]
+
+    def init(self, seed: int) -> tuple[Any, dict[str, dict[str, Array]]]:
+        """Fresh parameters (plain nested dict, float32) and id tables."""
+        params = nnx.split(OneRec(self.config, self.vocabulary, nnx.Rngs(params=seed)))[1].to_pure_dict()
+        return params, init_tables(self.tables, jax.random.fold_in(jax.random.key(seed), 1))
+
+    def init_bias(self) -> dict[str, Array]:
+        """Zero balancing biases [G,E] of both stacks; a stack without experts has one idle column."""
+        shapes = {}
+        for name, layers, moe in (
+            ("encoder", self.config.encoder_layers, self.config.moe.location == "both"),
+            ("decoder", self.config.decoder_layers, True),
+        ):
+            moe = moe and self.config.moe.experts > 0
+            groups = layers // self.config.moe.every if moe else layers
+            shapes[name] = (groups, self.config.moe.experts if moe else 1)
+        return {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+
+def build(config: ModelConfig, vocabulary: Vocabulary) -> Model:
+    """The model of a config without any memory for its parameters."""
+    module = nnx.eval_shape(lambda: OneRec(config, vocabulary, nnx.Rngs(params=0)))
+    graph, state = nnx.split(module)
+    return Model(config, vocabulary, graph, state.to_pure_dict())
+
+
+def planned_vocabulary(recipe: Recipe) -> Vocabulary:
+    """The sizes a recipe will meet, as far as they are known without its data; id-table rows fall back to one."""
+    source = recipe.data.source
+    users, items = (source.users, source.items) if isinstance(source, SimulatorSource) else (1, 1)
+    return Vocabulary(
+        users=users, items=items, authors=items, tags=256, user_features=(8, 8), labels=LABELS,
+        codebook_sizes=recipe.tokenizer.codebook_sizes,
+    )  # fmt: skip
+
+
+VOCABULARY_TABLES = ("codes", "heads", "tag", "age", "playtime", "duration", "feedback", "features")
+
+
+def count_parameters(model: Model) -> dict[str, int]:
+    """Parameters under one rule, so that sizes compare with the report's table (REFERENCE 1.6).
+
+    Counted as `model`: everything whose size follows from width and depth. Listed apart, since their rows are a vocabulary:
+    `codes` (code embeddings and output heads), `features` (tags, buckets, labels, user categories), `tables` (ids).
+    `active` is `model` with only the experts that one token uses.
+    """
+    moe = model.config.moe
+    totals = {"model": 0, "active": 0, "codes": 0, "features": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract):
+        names = [str(getattr(k, "key", k)) for k in path]
+        size = math.prod(leaf.shape)
+        if any(n in ("codes", "heads") for n in names):
+            totals["codes"] += size
+        elif any(n in VOCABULARY_TABLES for n in names):
+            totals["features"] += size
+        else:
+            totals["model"] += size
+            routed = "moe" in names and names[-1] in ("gate", "up", "down")
+            totals["active"] += size * moe.active // moe.experts if routed else size
+    totals["tables"] = sum(rows * width for rows, width in model.tables.values())
+    return totals

@@ -1,0 +1,110 @@
+"""The four input pathways: static, short-term, positive-feedback and lifelong (REFERENCE 1.2, TR 2.2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.data.schema import ItemFeatures, Vocabulary
+from onerec_jax.model.attention import Attention
+from onerec_jax.model.layers import Embedding, FeedForward, PathwayMLP, RMSNorm
+
+BUCKETS = 64
+
+
+def bucket(value: Array) -> Array:
+    """Log-spaced bucket of a non-negative quantity (2.5 per octave), 0 for unknown (negative)."""
+    log = jnp.log2(1.0 + jnp.maximum(value, 0.0))
+    return jnp.where(value < 0, 0, 1 + jnp.minimum(BUCKETS - 2, (2.5 * log).astype(jnp.int32)))
+
+
+def blank_padding(events: ItemFeatures) -> tuple[ItemFeatures, Array]:
+    """Features with every padded position set to 0, and the validity [B,L]; what padding held cannot matter after this."""
+    valid = events.item >= 0
+
+    def blank(x: Array) -> Array:
+        return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+
+    cleaned = {f.name: blank(getattr(events, f.name)) for f in dataclasses.fields(events)}
+    return ItemFeatures(**cleaned), valid
+
+
+class ItemEncoder(nnx.Module):
+    """Embeds one event: item (semantic ID, id, or both), author, tag, age, play time, duration, feedback; [.., D+A+5*X]."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
+        self.item_input = config.item_input
+        self.tag = Embedding(vocabulary.tags, config.feature_dim, rngs)
+        self.age = Embedding(BUCKETS, config.feature_dim, rngs)
+        self.playtime = Embedding(BUCKETS, config.feature_dim, rngs)
+        self.duration = Embedding(BUCKETS, config.feature_dim, rngs)
+        self.feedback = Embedding(max(1, len(vocabulary.labels)), config.feature_dim, rngs)
+
+    def __call__(self, events: ItemFeatures, rows: dict[str, Array], embed_codes, dtype: jnp.dtype) -> Array:
+        item = 0.0
+        if self.item_input in ("sid", "both"):
+            item = embed_codes(events.codes, dtype)
+        if self.item_input in ("id", "both"):
+            item = item + jnp.take(rows["item"].astype(dtype), events.item, axis=0)
+        labels = self.feedback.embedding[...].astype(dtype)[: events.feedback.shape[-1]]
+        return jnp.concatenate(
+            [
+                item,
+                jnp.take(rows["author"].astype(dtype), events.author, axis=0),
+                self.tag(events.tag, dtype),
+                self.age(bucket(events.age_s), dtype),
+                self.playtime(bucket(events.playtime_s), dtype),
+                self.duration(bucket(events.duration_s), dtype),
+                events.feedback.astype(dtype) @ labels,
+            ],
+            axis=-1,
+        )
+
+
+class QFormer(nnx.Module):
+    """N_q learned queries read a long sequence by cross-attention: h <- h + CrossAttn(h, v, v); h <- h + FFN(RMSNorm(h)).
+
+    The report prints no residual; without one the stack forgets its queries, so both are added (REFERENCE 8.4).
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, layers = config.d_model, config.lifelong_layers
+        self.queries = nnx.Param(jax.random.normal(rngs.params(), (config.lifelong_queries, d)) * 0.02)
+        self.input_norm = RMSNorm(d)
+        self.attention = nnx.List([Attention(config, rngs) for _ in range(layers)])
+        self.query_norm = nnx.List([RMSNorm(d) for _ in range(layers)])
+        self.ffn_norm = nnx.List([RMSNorm(d) for _ in range(layers)])
+        self.ffn = nnx.List([FeedForward(d, config.ffn_hidden, rngs) for _ in range(layers)])
+
+    def __call__(self, events_BxLxD: Array, valid_BxL: Array) -> Array:
+        v = self.input_norm(events_BxLxD)
+        h = jnp.broadcast_to(self.queries[...].astype(v.dtype), (v.shape[0], *self.queries.shape))
+        # a request with no lifelong event attends to blanks; its tokens are masked out of the context instead
+        mask = (valid_BxL | ~jnp.any(valid_BxL, axis=-1, keepdims=True))[:, None, :]
+        for attention, query_norm, ffn_norm, ffn in zip(
+            self.attention, self.query_norm, self.ffn_norm, self.ffn, strict=True
+        ):
+            h = h + attention(query_norm(h), *attention.keys_values(v), mask)
+            h = h + ffn(ffn_norm(h))
+        return h
+
+
+class StaticPathway(nnx.Module):
+    """The user's id and categorical features as one token h_u [B,1,D]."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
+        self.user_id = config.user_id
+        self.features = nnx.List([Embedding(n, config.static_dim, rngs) for n in vocabulary.user_features])
+        width = config.static_dim * (int(config.user_id) + len(self.features))
+        self.mlp = PathwayMLP(max(1, width), config.pathway_hidden or 2 * config.d_model, config.d_model, rngs)
+
+    def __call__(self, user_Bx1F: Array, rows: dict[str, Array], dtype: jnp.dtype) -> Array:
+        parts = [jnp.take(rows["user"].astype(dtype), user_Bx1F[:, 0], axis=0)] if self.user_id else []
+        parts += [table(user_Bx1F[:, 1 + i], dtype) for i, table in enumerate(self.features)]
+        f = jnp.concatenate(parts, axis=-1) if parts else jnp.ones((user_Bx1F.shape[0], 1), dtype)
+        return self.mlp(f)[:, None, :]

@@ -1,0 +1,1 @@
+"""Meshes and the layout of every array on them."""

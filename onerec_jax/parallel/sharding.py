@@ -1,0 +1,101 @@
+"""Where every array lives: one table from parameter path to logical axes, one from logical axis to mesh axis.
+
+Someone new should be able to say where any parameter lives after reading this file. Every leaf must match exactly one
+rule; blocks of a stack get the leading axis `layers` by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# parameter path (regular expression, matched at the end of the path) -> logical axes
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"\w*attention(/\d+)?/(query|key|value)/kernel", ("embed", "heads")),
+    (r"\w*attention(/\d+)?/out/kernel", ("heads", "embed")),
+    (r"(ffn(/\d+)?|dense|mlp|projection/\w+)/up/kernel", ("embed", "hidden")),
+    (r"(ffn(/\d+)?|dense|mlp|projection/\w+)/down/kernel", ("hidden", "embed")),
+    (r"(mlp|projection/\w+)/up/bias", ("hidden",)),
+    (r"(mlp|projection/\w+)/down/bias", (None,)),
+    (r"moe/(gate|up)", ("expert", "embed", "hidden")),
+    (r"moe/down", ("expert", "hidden", "embed")),
+    (r"moe/router", ("embed", None)),
+    (r"codes/embedding", ("codes", "embed")),
+    (r"heads/\d+/kernel", ("embed", "codes")),
+    (r"(tag|age|playtime|duration|feedback|features/\d+)/embedding", (None, "embed")),
+    (r"(\w+_norm(/\d+)?|norm)/scale", (None,)),
+    (r"(position|queries)", (None, "embed")),
+    (r"decoder/bos", (None,)),
+    (r"tables/\w+/rows", ("rows", None)),
+    (r"tables/\w+/accumulator", ("rows",)),
+    (r"bias/(encoder|decoder)", (None, None)),
+    (r"(step|count)", ()),
+    (r"ns_coeffs", (None,)),  # of Muon
+)
+
+# logical axis -> mesh axes
+LAYOUT: dict[str | None, tuple[str, ...]] = {
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "expert": ("expert",),
+    "codes": ("tensor",),
+    "rows": ("fsdp", "expert", "tensor"),
+    "batch": ("data", "fsdp"),
+    None: (),
+}
+
+_RULES = tuple((re.compile(rf"(?:^|.*/){pattern}$"), axes) for pattern, axes in PARAMETERS)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as `decoder/stack/groups/..`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def logical_axes(name: str) -> tuple[str | None, ...]:
+    """The logical axes of the leaf of this path.
+
+    Raises:
+        ValueError: no rule matches the path, or more than one does.
+    """
+    found = [axes for pattern, axes in _RULES if pattern.match(name)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} sharding rules match '{name}', exactly one must: see PARAMETERS in parallel/sharding.py")
+    return ("layers", *found[0]) if "/stack/groups/" in name else found[0]
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Mesh axes of each dimension; an axis that does not divide its dimension is left out there."""
+    axes = logical_axes(name)
+    if len(axes) != len(shape):
+        raise ValueError(f"the sharding rule of '{name}' has {len(axes)} axes, its shape {shape} has {len(shape)}")
+    spec = []
+    for size, axis in zip(shape, axes, strict=True):
+        over = LAYOUT[axis]
+        divides = over and size % math.prod(mesh.shape[a] for a in over) == 0
+        spec.append((over if len(over) > 1 else over[0]) if divides else None)
+    return PartitionSpec(*spec)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of parameters or of a whole train state."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of every batch array, over all data-parallel devices."""
+    return NamedSharding(mesh, PartitionSpec(LAYOUT["batch"]))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch, as one global array per field."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

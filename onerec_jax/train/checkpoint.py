@@ -1,0 +1,132 @@
+"""Checkpoints of a run: {train state, data position, recipe}, asynchronous, found whole or not at all.
+
+A checkpoint is written beside its final name and renamed when complete, so a kill at any moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental import v1 as ocp
+
+from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.errors import InputError
+from onerec_jax.train.state import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run: Path, keep: int = 1):
+        self.directory = (run / "checkpoints").resolve()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    def steps(self) -> list[int]:
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def save(self, step: int, state: TrainState, position: dict[str, int], recipe: Recipe) -> None:
+        """Starts writing; returns once the state is copied, so that the loop may go on and donate it."""
+        self.wait()
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step,
+            {"state": _as_dict(state), "data": position, "recipe": recipe.model_dump(mode="json")},
+            force=True,
+            overwrite=step in self.steps(),
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises what it failed with."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def recipe(self, step: int | None = None) -> Recipe:
+        """The recipe that wrote a checkpoint."""
+        values = self._checkpointer.load_checkpointables(self._known(step), {"recipe": None})
+        return make_recipe(values["recipe"], str(self.directory))
+
+    def restore(self, abstract: TrainState, recipe: Recipe, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
+        """State placed as `abstract` says (any mesh), and the data position.
+
+        Raises:
+            InputError: the checkpoint is of another model, or there is none.
+        """
+        step = self._known(step)
+        self._check_model(step, recipe)
+        wanted = _as_dict(abstract)
+        self._check_shapes(step, wanted)
+        loaded = self._checkpointer.load_checkpointables(step, {"state": wanted, "data": None})
+        return TrainState(**loaded["state"]), {k: int(v) for k, v in loaded["data"].items()}
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+    def _known(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"{self.directory} holds no checkpoint; `onerec pretrain RECIPE` writes one")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise InputError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return step
+
+    def _check_model(self, step: int, recipe: Recipe) -> None:
+        saved, mine = self.recipe(step).model.model_dump(), recipe.model.model_dump()
+        different = [f"model.{k} is {mine[k]!r} but {saved[k]!r} in the checkpoint" for k in mine if mine[k] != saved[k]]
+        if different:
+            raise InputError(
+                f"{self.directory}/{step} is of another model: {'; '.join(different)}; "
+                "use the recipe it was trained with, or another name"
+            )
+
+    def _check_shapes(self, step: int, wanted: Any) -> None:
+        metadata = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        saved = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(metadata)}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+            name = jax.tree_util.keystr(path)
+            if name in saved and saved[name] != tuple(leaf.shape):
+                raise InputError(
+                    f"{self.directory}/{step} does not fit this dataset: {name} is {saved[name]} there and "
+                    f"{tuple(leaf.shape)} here; use the dataset and semantic IDs it was trained on"
+                )
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("step", "params", "optimizer", "tables", "bias")}
+
+
+def parse_run(reference: str, runs: str) -> tuple[Path, int | None]:
+    """RUN or RUN@STEP, as a folder or a name under `runs`.
+
+    Raises:
+        InputError: no such run.
+    """
+    name, at, step = reference.partition("@")
+    if at and not step.isdigit():
+        raise InputError(f"'{reference}' must be RUN or RUN@STEP with a whole number of steps")
+    for folder in (Path(name), Path(runs) / name):
+        if (folder / "config.yaml").is_file():
+            return folder, int(step) if at else None
+    known = sorted(p.parent.name for p in Path(runs).glob("*/config.yaml")) if Path(runs).is_dir() else []
+    raise InputError(f"no run '{name}': neither a run folder nor one of {', '.join(known) or 'none yet'} in {runs}/")
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same bits."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)

@@ -1,0 +1,220 @@
+"""Pre-training, read from top to bottom: what a run does from the first file to the last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.pipeline import Pipeline, make_batch
+from onerec_jax.data.store import Dataset
+from onerec_jax.errors import InputError
+from onerec_jax.model.batch import pathways
+from onerec_jax.model.onerec import Model, build
+from onerec_jax.parallel.mesh import check_batch, make_mesh
+from onerec_jax.parallel.sharding import put_batch
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+from onerec_jax.train.checkpoint import Checkpoints, parse_run
+from onerec_jax.train.flops import peak_flops, request_flops
+from onerec_jax.train.metrics import MetricsLog, add, ratios
+from onerec_jax.train.optimizer import make_optimizer
+from onerec_jax.train.state import TrainState, abstract_state, create_state
+from onerec_jax.train.step import compile_step, make_eval_step, make_train_step
+
+Report = Callable[[str], None]
+
+
+def load_inputs(recipe: Recipe) -> tuple[Dataset, SemanticIds, Model]:
+    """Dataset, semantic IDs and the model whose sizes follow from them."""
+    dataset = Dataset(recipe.dataset_directory)
+    ids = SemanticIds.load(recipe.tokenizer_directory)
+    if ids.codes.shape[0] != dataset.num_items:
+        raise InputError(
+            f"{recipe.tokenizer_directory} has semantic IDs of {ids.codes.shape[0]} items but {recipe.dataset_directory} "
+            f"has {dataset.num_items}; run `onerec tokenize {recipe.name}` again"
+        )
+    return dataset, ids, build(recipe.model, dataset.vocabulary(ids.codebook_sizes))
+
+
+def pretrain(recipe: Recipe, report: Report = print) -> Path:
+    """Trains to `train.steps`, going on from the run's newest checkpoint if there is one; returns the run directory."""
+    train = recipe.train
+    mesh = make_mesh(recipe.mesh)
+    check_batch(mesh, train.batch_size, train.accumulation)
+    dataset, ids, model = load_inputs(recipe)
+    optimizer = make_optimizer(train)
+    abstract = abstract_state(model, optimizer, mesh)
+
+    run = recipe.run_directory
+    checkpoints = Checkpoints(run, train.keep)
+    pipeline = Pipeline(
+        dataset, ids.codes, recipe, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    if checkpoints.steps():
+        state, position = checkpoints.restore(abstract, recipe)
+        pipeline.restore(position)
+        report(f"resumed {run} at step {int(state.step)}")
+    else:
+        state = create_state(model, optimizer, recipe.seed, mesh)
+        state = _start_from(state, abstract, recipe) if train.init_from else state
+    _write_config(run, recipe)
+
+    step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
+    validate = _validation(model, dataset, ids, recipe, mesh)
+    log = MetricsLog(run, train.tensorboard)
+    speed = Speed(model, recipe, mesh)
+    batches = iter(pipeline)
+    window, pending, at = None, None, int(state.step)
+    try:
+        while at < train.steps:
+            waited = time.perf_counter()
+            host_batch = next(batches)
+            batch = put_batch(host_batch, mesh)
+            speed.waited(time.perf_counter() - waited)
+            speed.count(host_batch)
+            state, metrics = step_fn(state, batch)
+            if pending is not None:  # step N is read while step N+1 runs
+                window = pending if window is None else add(window, pending)
+            pending, at = metrics, at + 1
+            last = at == train.steps
+            if at % train.log_every == 0 or last:
+                window = pending if window is None else add(window, pending)
+                values = ratios(window) | speed.window(at)
+                window = pending = None
+                log.write(at, values)
+                report(progress_line(at, train.steps, values))
+            if train.eval_every and (at % train.eval_every == 0 or last):
+                values = validate(state)
+                log.write(at, values)
+                report(f"step {at}  validation loss {values['valid/loss']:.4f}")
+                speed.restart()
+            if at % train.checkpoint_every == 0 or last:
+                checkpoints.save(at, state, pipeline.state(), recipe)
+    finally:
+        log.close()
+        checkpoints.close()
+    return run
+
+
+def _start_from(state: TrainState, abstract: TrainState, recipe: Recipe) -> TrainState:
+    """Fresh state with the parameters, tables and biases of another run."""
+    source, step = parse_run(recipe.train.init_from or "", recipe.runs)
+    other = Checkpoints(source)
+    loaded, _ = other.restore(abstract, recipe, step)
+    other.close()
+    return dataclasses.replace(state, params=loaded.params, tables=loaded.tables, bias=loaded.bias)
+
+
+def _write_config(run: Path, recipe: Recipe) -> None:
+    """config.yaml: the resolved recipe under its digest and the git revision of the code."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        revision = found.stdout.strip() or "unknown"
+    except OSError:
+        revision = "unknown"
+    if jax.process_index() == 0:
+        (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {revision}\n{recipe.to_yaml()}")
+
+
+def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh):
+    """state -> mean loss and accuracies over the first `eval_batches` of a fixed order of the validation examples."""
+    step = jax.jit(make_eval_step(model))
+    size, train = recipe.train.batch_size, recipe.train
+
+    def batches() -> Iterator[Any]:
+        examples = dataset.examples("valid")
+        order = np.random.default_rng(recipe.seed).permutation(len(examples))
+        for i in range(min(train.eval_batches, -(-len(examples) // size))):
+            rows = np.resize(order[i * size : (i + 1) * size], size)
+            batch = make_batch(
+                dataset, ids.codes, recipe.model, examples[rows], recipe.data.targets, negative_weight=train.negative_weight
+            )
+            per_process = size // jax.process_count()
+            first = jax.process_index() * per_process
+            yield put_batch(jax.tree.map(lambda x: x[first : first + per_process], batch), mesh)  # noqa: B023
+
+    def validate(state: TrainState) -> dict[str, float]:
+        total = None
+        for batch in batches():
+            metrics = step(state, batch)
+            total = metrics if total is None else add(total, metrics)
+        assert total is not None
+        return {f"valid/{name}": value for name, value in ratios(total).items()}
+
+    return validate
+
+
+class Speed:
+    """Clock and counters between two log lines."""
+
+    def __init__(self, model: Model, recipe: Recipe, mesh: Mesh):
+        self._model, self._recipe = model, recipe
+        self._devices = mesh.devices.size
+        self._peak = peak_flops(mesh.devices.flat[0], recipe.model.dtype)
+        self._started: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the window, so that validation or compilation is not counted as slow steps."""
+        self._started = None
+        self._from = time.perf_counter()
+        self._wait = self._events = self._targets = self._requests = 0.0
+        self._lengths: dict[str, float] = {}
+
+    def waited(self, seconds: float) -> None:
+        self._wait += seconds
+
+    def count(self, batch: Any) -> None:
+        """Adds this process's requests, targets and events; padding is not counted."""
+        scale = jax.process_count()
+        self._requests += scale * batch.user.shape[0]
+        self._targets += scale * float((batch.target_weight > 0).sum())
+        for name, events in pathways(batch).items():
+            self._lengths[name] = self._lengths.get(name, 0.0) + scale * float((events.item >= 0).sum())
+
+    def window(self, step: int) -> dict[str, float]:
+        """Rates since the last call; MFU only where the device's peak is known."""
+        seconds = time.perf_counter() - self._from
+        requests = max(1.0, self._requests)
+        mean = {name: self._lengths.get(name, 0.0) / requests for name in ("short", "positive", "lifelong")}
+        flops = request_flops(self._model.config, self._model.vocabulary, targets=self._targets / requests, **mean)
+        rate = flops.training * self._requests / seconds
+        values = {
+            "examples_per_s": self._requests / seconds,
+            "target_tokens_per_s": self._targets * self._model.vocabulary.levels / seconds,
+            "targets_per_context": self._targets / requests,
+            "gflops": rate / 1e9,
+            "data_wait": self._wait / seconds,
+            "step_ms": 1000 * seconds * self._recipe.train.batch_size / requests,
+        }
+        if self._peak:
+            values["mfu"] = rate / (self._devices * self._peak)
+        self.restart()
+        return values
+
+
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """One line a person can follow: loss per level, expert load, rates."""
+    levels = [v for k, v in sorted(values.items()) if k.startswith("loss/level")]
+    parts = [
+        f"step {step}/{steps}",
+        f"loss {values['loss']:.3f} ({' '.join(f'{v:.2f}' for v in levels)})",
+        f"{values['examples_per_s']:.0f} ex/s",
+        f"{values['target_tokens_per_s']:.0f} tok/s",
+        f"MFU {100 * values['mfu']:.1f}%" if "mfu" in values else f"{values['gflops']:.1f} GFLOP/s",
+        f"data {100 * values['data_wait']:.0f}%",
+    ]
+    load = [v for k, v in values.items() if k.endswith("max_over_mean")]
+    if load:
+        parts.append(f"expert load {max(load):.2f}")
+    return "  ".join(parts)

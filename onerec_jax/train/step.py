@@ -1,0 +1,121 @@
+"""The train step: localise ids, gradients over micro-batches, dense update, table update, balancing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from onerec_jax.config import Recipe
+from onerec_jax.model.batch import Batch
+from onerec_jax.model.moe import rebalance
+from onerec_jax.model.onerec import Model
+from onerec_jax.model.tables import gather, update_tables
+from onerec_jax.parallel.sharding import batch_sharding
+from onerec_jax.train.loss import next_token_loss
+from onerec_jax.train.metrics import Metrics, mean
+from onerec_jax.train.optimizer import learning_rate
+from onerec_jax.train.state import TrainState
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[B,..] -> [count, B/count, ..], strided so that every device keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
+
+
+def _load_metrics(loads: dict[str, Array], experts: int) -> Metrics:
+    """Max over mean load and entropy (nats) per stack, averaged over its MoE groups."""
+    metrics: Metrics = {}
+    for name, load in loads.items():
+        if load.shape[-1] < max(2, experts):
+            continue
+        share = load / (jnp.sum(load, axis=-1, keepdims=True) + 1e-20)
+        metrics[f"experts/{name}_max_over_mean"] = mean(jnp.mean(jnp.max(share, axis=-1)) * load.shape[-1])
+        metrics[f"experts/{name}_entropy"] = mean(-jnp.mean(jnp.sum(share * jnp.log(share + 1e-20), axis=-1)))
+    return metrics
+
+
+def make_loss(model: Model, smoothing: float) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
+    """(params, rows, bias, batch, key) -> weighted loss sum, (metrics, expert loads)."""
+
+    def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None):
+        logits, loads = model.bind(params)(batch, rows, bias, key)
+        total, metrics = next_token_loss(logits, batch.targets, batch.target_weight, smoothing)
+        return total, (metrics, loads)
+
+    return loss
+
+
+def make_train_step(
+    model: Model, recipe: Recipe, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure function of (state, global batch); jit it with the state donated.
+
+    The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches.
+    """
+    train = recipe.train
+    gradients = jax.value_and_grad(make_loss(model, train.label_smoothing), argnums=(0, 1), has_aux=True)
+    rate = learning_rate(train)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        local, touched = model.localise(batch, touched_only=True)
+        rows = gather(state.tables, touched)
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if model.config.dropout else None
+
+        def micro(i: Any, part: Batch):
+            part_key = None if key is None else jax.random.fold_in(key, i)
+            (_, (metrics, loads)), grads = gradients(state.params, rows, state.bias, part, part_key)
+            return grads, metrics, loads
+
+        if train.accumulation == 1:
+            grads, metrics, loads = micro(0, local)
+        else:
+
+            def accumulate(carry: Any, xs: Any):
+                return jax.tree.map(jnp.add, carry, micro(*xs)), None
+
+            parts = _micro_batches(local, train.accumulation)
+            shapes = jax.eval_shape(micro, 0, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, metrics, loads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(train.accumulation), parts))
+        grads = jax.tree.map(lambda g: g / (jnp.sum(batch.target_weight) + 1e-20), grads)
+        updates, optimizer_state = optimizer.update(grads[0], state.optimizer, state.params)
+        metrics["gradient_norm"] = mean(optax.global_norm(grads[0]))
+        metrics["update_norm"] = mean(optax.global_norm(updates))
+        metrics["learning_rate"] = mean(rate(state.step))
+        metrics["targets"] = mean(jnp.sum(batch.target_weight > 0))
+        metrics |= _load_metrics(loads, model.config.moe.experts)
+        bias = {name: rebalance(b, loads[name], model.config.moe.balance_rate) for name, b in state.bias.items()}
+        new = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            optimizer=optimizer_state,
+            tables=update_tables(state.tables, touched, grads[1], train.table_rate),
+            bias=bias,
+        )
+        return new, metrics
+
+    return step
+
+
+def make_eval_step(model: Model) -> Callable[[TrainState, Batch], Metrics]:
+    """Teacher-forced metrics of a batch in evaluation mode, without smoothing."""
+    loss = make_loss(model, 0.0)
+
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        local, touched = model.localise(batch, touched_only=False)
+        return loss(state.params, gather(state.tables, touched), state.bias, local, None)[1][0]
+
+    return step
+
+
+def compile_step(step: Callable[..., Any], abstract: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """`step` jitted on the mesh: state in place and donated, batch split over the data axes, metrics replicated."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None), donate_argnums=0)
+
