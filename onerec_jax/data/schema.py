@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 LABELS = (
     "click",
     "long_view",
+    "finish",
     "like",
     "follow",
     "comment",

@@ -86,7 +86,7 @@ def localise(
         fields = {name: jnp.where(e.item >= 0, ids[pathway], -1) for name, ids in found.items() if pathway in ids}
         changed[pathway] = dataclasses.replace(e, **fields)
     if "user" in found:
-        changed["user"] = batch.user.at[:, 0].set(found["user"]["user"])
+        changed["user"] = jnp.asarray(batch.user).at[:, 0].set(found["user"]["user"])
     return replace_pathways(batch, changed), touched
 
 

@@ -35,7 +35,7 @@ Report = Callable[[str], None]
 def load_inputs(recipe: Recipe) -> tuple[Dataset, SemanticIds, Model]:
     """Dataset, semantic IDs and the model whose sizes follow from them."""
     dataset = Dataset(recipe.dataset_directory)
-    ids = SemanticIds.load(recipe.tokenizer_directory)
+    ids = SemanticIds.load(recipe.tokenizer_directory, dataset)
     if ids.codes.shape[0] != dataset.num_items:
         raise InputError(
             f"{recipe.tokenizer_directory} has semantic IDs of {ids.codes.shape[0]} items but {recipe.dataset_directory} "

@@ -1,0 +1,1 @@
+"""From raw logs to batches; nothing in this room imports jax."""

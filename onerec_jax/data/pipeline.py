@@ -1,0 +1,152 @@
+"""The training input: `(seed, step) -> Batch`, the same global batch on any number of processes.
+
+Order is decided in index space: Grain shuffles the example numbers of each epoch anew and repeats them without end;
+step s takes numbers `[s * batch_size, (s + 1) * batch_size)` of that order, and each process loads its own consecutive
+share of them. Grain then runs this pure function of the step ahead of the training loop, in threads or processes. The
+position is the step alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.batch import make_batch
+from onerec_jax.data.schema import Batch, ItemFeatures
+from onerec_jax.data.store import Dataset
+from onerec_jax.errors import InputError
+
+__all__ = ["Pipeline", "make_batch"]
+
+_LAST_STEP = 1 << 40
+
+
+class Pipeline:
+    """An endless iterator over this process's rows of each step's global batch.
+
+    Args:
+        dataset: where the examples are.
+        codes: semantic ID of each item, int32 [I,C].
+        recipe: `train.batch_size`, loader settings, `data.targets`, the model's pathways and the seed.
+        split: which examples.
+        process_index: which of the processes this is.
+        process_count: processes that share each global batch.
+
+    Raises:
+        InputError: the batch does not divide among the processes, the split is empty, or `codes` is of another dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        codes: np.ndarray,
+        recipe: Recipe,
+        split: str = "train",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if recipe.train.batch_size % process_count:
+            raise InputError(
+                f"train.batch_size {recipe.train.batch_size} must be a multiple of the {process_count} processes"
+            )
+        if not len(dataset.examples(split)):
+            raise InputError(f"{dataset.directory} has no {split} examples; data.split of its recipe leaves none")
+        if len(codes) != dataset.num_items:
+            raise InputError(
+                f"the semantic IDs cover {len(codes)} items but {dataset.directory} has {dataset.num_items}; "
+                "make them anew with `onerec tokenize RECIPE`"
+            )
+        import grain  # Imports jax, which processes that only prepare data do not need.
+
+        order = grain.MapDataset.range(len(dataset.examples(split))).shuffle(seed=recipe.seed % 2**32).repeat()
+        rows = recipe.train.batch_size // process_count
+        self._grain = grain
+        self._load = _Load(dataset, codes, recipe, split, order, process_index * rows, rows)
+        self._train = recipe.train
+        self._step = 0
+        self._iterator: Any = None
+
+    def batch_at(self, step: int) -> Batch:
+        """This process's rows of the global batch of a step."""
+        return _as_batch(self._load(step))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._ahead(self._step))
+        arrays = next(self._iterator)
+        self._step += 1
+        return _as_batch(arrays)
+
+    def _ahead(self, step: int) -> Any:
+        options = self._grain.ReadOptions(num_threads=self._train.threads, prefetch_buffer_size=self._train.prefetch)
+        loaded = self._grain.MapDataset.range(step, _LAST_STEP).map(self._load).to_iter_dataset(options)
+        if not self._train.workers:
+            return loaded
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag, and fail before any parsing.
+        per_worker = -(-self._train.prefetch // self._train.workers)
+        return loaded.mp_prefetch(
+            self._grain.MultiprocessingOptions(self._train.workers, per_worker_buffer_size=per_worker)
+        )
+
+    def state(self) -> dict[str, int]:
+        """The position: the step of the next batch. It holds for any number of processes, workers and threads."""
+        return {"step": self._step}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Continues at a position that `state` gave."""
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Ends loader processes and drops batches made ahead; iterating starts them again."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None and hasattr(iterator, "close"):
+            iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """Step -> arrays of one process's rows; loader processes receive it as it stands."""
+
+    dataset: Dataset
+    codes: np.ndarray
+    recipe: Recipe
+    split: str
+    order: Any
+    first: int
+    rows: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        recipe = self.recipe
+        begin = step * recipe.train.batch_size + self.first
+        chosen = np.array([self.order[i] for i in range(begin, begin + self.rows)])
+        batch = make_batch(
+            self.dataset,
+            self.codes,
+            recipe.model,
+            self.dataset.examples(self.split)[chosen],
+            recipe.data.targets,
+            recipe.train.negative_weight,
+            frozen=self.split != "train" and self.dataset.frozen,
+        )
+        return _as_arrays(batch)
+
+
+def _as_arrays(batch: Batch) -> dict[str, Any]:
+    """Plain nested dicts, which Grain moves between processes in shared memory."""
+    return {name: vars(value) if isinstance(value, ItemFeatures) else value for name, value in vars(batch).items()}
+
+
+def _as_batch(arrays: dict[str, Any]) -> Batch:
+    fields = {name: ItemFeatures(**value) if isinstance(value, dict) else value for name, value in arrays.items()}
+    return Batch(**fields)

@@ -1,0 +1,147 @@
+"""Reads a dataset directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from onerec_jax.data.items import read_items
+from onerec_jax.data.prepare import CARD, shard_name
+from onerec_jax.data.records import History, decode, open_records
+from onerec_jax.data.schema import SCHEMA_VERSION, Vocabulary
+from onerec_jax.data.split import SPLITS
+from onerec_jax.errors import InputError
+
+
+class Dataset:
+    """A dataset directory that `onerec data` wrote; histories stay on disk and are read at random.
+
+    Threads may share it, and loader processes open it anew by its path.
+
+    I items, U users, F user features, Y labels.
+
+    Attributes:
+        directory: where it lives.
+        card: the content of `card.json`.
+        items: `ItemArrays`, one row per item.
+        item_ids: the caller's ids by item row, [I].
+        user_ids: the caller's ids by user row, [U].
+        user_features: codes of the categorical user features, int32 [U,F], 0 = unknown.
+        user_feature_sizes: classes of each feature, F of them.
+        labels: feedback labels present, Y of them.
+        train_stops: the number of events of each user that belong to train, int64 [U].
+        frozen: contexts of valid and test end at the moment of the split.
+        lifelong_refresh: R, the events between two snapshots of a user's lifelong clusters.
+
+    Raises:
+        InputError: there is no dataset, or it is damaged or of another schema version.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.card = _read_card(self.directory)
+        try:
+            self.labels = tuple(self.card["labels"])
+            self.num_authors = int(self.card["vocabulary"]["authors"])
+            self.num_tags = int(self.card["vocabulary"]["tags"])
+            self.user_feature_sizes = tuple(self.card["vocabulary"]["user_features"].values())
+            self.lifelong_refresh = int(self.card["settings"]["lifelong_refresh"])
+            split = self.card["settings"]["split"]
+            self.frozen = split["kind"] == "time" and split["context"] == "frozen"
+            self._shard_bounds = np.asarray(self.card["shard_bounds"])
+            self.items, self.item_ids = read_items(self.directory / "items")
+            self.user_ids = pq.read_table(self.directory / "users.parquet", columns=["user_id"])["user_id"].to_numpy()
+            self.user_features = np.load(self.directory / "user_features.npy", allow_pickle=False)
+            self.train_stops = np.load(self.directory / "train_stops.npy", allow_pickle=False)
+            self._examples = {
+                name: np.load(self.directory / f"examples-{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in SPLITS
+            }
+            shards = len(self._shard_bounds) - 1
+            self._readers = [open_records(self.directory / shard_name(s, shards)) for s in range(shards)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.directory} is a damaged dataset ({reason}); make it anew with `onerec data RECIPE`"
+            ) from error
+
+    def __reduce__(self):
+        return Dataset, (str(self.directory),)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    def examples(self, split: str) -> np.ndarray:
+        """Rows (user row, cut, target start, target stop) of one split, int64 [N,4].
+
+        The context of an example is `history[:cut]`, its targets are `history[start:stop]`.
+        """
+        return self._examples[split]
+
+    def train_stop(self, user_row: int) -> int:
+        """The number of the user's events that belong to train; they come first."""
+        return int(self.train_stops[user_row])
+
+    def history(self, user_row: int) -> History:
+        """All events of one user, oldest first."""
+        return self.histories([user_row])[0]
+
+    def histories(self, user_rows: np.ndarray | list[int]) -> list[History]:
+        """Histories of several users.
+
+        Raises:
+            InputError: a record is damaged.
+        """
+        rows = np.asarray(user_rows, np.int64)
+        shards = np.searchsorted(self._shard_bounds, rows, side="right") - 1
+        positions = rows - self._shard_bounds[shards]
+        histories = []
+        for shard, position in zip(shards.tolist(), positions.tolist(), strict=True):
+            try:
+                # By range: reading a list of positions takes time in proportion to all records of the file.
+                histories.append(decode(self._readers[shard].read(position, position + 1)[0]))
+            except (RuntimeError, ValueError, IndexError) as error:
+                name = shard_name(shard, len(self._readers))
+                raise InputError(
+                    f"{self.directory / name} is damaged ({error}); make it anew with `onerec data RECIPE`"
+                ) from error
+        return histories
+
+    def vocabulary(self, codebook_sizes: tuple[int, ...]) -> Vocabulary:
+        """Every size a model needs to know, with those of the semantic IDs' levels."""
+        return Vocabulary(
+            users=self.num_users,
+            items=self.num_items,
+            authors=self.num_authors,
+            tags=self.num_tags,
+            user_features=self.user_feature_sizes,
+            labels=self.labels,
+            codebook_sizes=tuple(codebook_sizes),
+        )
+
+
+def _read_card(directory: Path) -> dict[str, Any]:
+    path = directory / CARD
+    if not path.is_file():
+        raise InputError(f"{directory} holds no dataset ({CARD} is missing); make it with `onerec data RECIPE`")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        version = card["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged; make the dataset anew with `onerec data RECIPE`") from None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "
+            "make the dataset anew with `onerec data RECIPE`"
+        )
+    return card

@@ -1,0 +1,211 @@
+"""Semantic IDs of a dataset's items: fitted, saved, loaded, and turned back into items."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onerec_jax.config import TokenizerConfig
+from onerec_jax.errors import InputError
+from onerec_jax.tokenizer import quality, rq_kmeans
+from onerec_jax.tokenizer.content import content_vectors
+from onerec_jax.tokenizer.trie import Trie
+
+if TYPE_CHECKING:
+    from onerec_jax.data.store import Dataset
+
+FORMAT_VERSION = 1
+_BATCH = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticIds:
+    """The codes of every item, what made them, and the way back.
+
+    Attributes:
+        codes: int32 [I,C], by item row.
+        codebooks: L codebooks float32 [K_l,D]; C is L, or L + 1 with `dedup: extra_level`.
+        codebook_sizes: C sizes; that of the extra level is the largest number of items of one quantized ID.
+        trie: the IDs that exist, with each one's items in resolve order.
+        quality: the report of `quality.quality`.
+        origin: the tokenizer's settings, the seed and the dataset's content hash.
+    """
+
+    codes: np.ndarray
+    codebooks: tuple[np.ndarray, ...]
+    codebook_sizes: tuple[int, ...]
+    trie: Trie
+    quality: dict[str, Any]
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Quantizer codes int32 [N,L] of content vectors float32 [N,D]; the extra level numbers known items only."""
+        return rq_kmeans.encode(vectors, self.codebooks, _BATCH)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Content vectors float32 [N,D] of codes int [N,C] or of prefixes; the extra level carries no content."""
+        return rq_kmeans.decode(codes[:, : len(self.codebooks)], self.codebooks)
+
+    def items_of(self, code: np.ndarray | tuple[int, ...]) -> np.ndarray:
+        """Item rows int32 of one semantic ID [C], in resolve order; empty where no item has it.
+
+        Raises:
+            InputError: the ID has another number of codes.
+        """
+        path = np.asarray(code).reshape(1, -1)
+        if path.shape[1] != self.trie.levels:
+            raise InputError(f"semantic ID {path[0].tolist()} has {path.shape[1]} codes; expected {self.trie.levels}")
+        leaf = int(self.trie.find(path)[0])
+        return self.trie.leaf_items(leaf) if leaf >= 0 else np.zeros(0, np.int32)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes npy and JSON files into `directory`, replacing it only when all of them are there.
+
+        Raises:
+            InputError: the folder cannot be written, or holds other files.
+        """
+        directory = Path(directory)
+        partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+        try:
+            _check_replaceable(directory)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, array in _arrays(self).items():
+                np.save(partial / f"{name}.npy", array, allow_pickle=False)
+            card = {"format_version": FORMAT_VERSION, "codebook_sizes": self.codebook_sizes, **self.origin}
+            (partial / "card.json").write_text(json.dumps({**card, "quality": self.quality}, indent=2) + "\n")
+            _replace(partial, directory)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = error.strerror or error
+            raise InputError(f"cannot write semantic IDs to {directory}: {reason}") from None
+
+    @classmethod
+    def load(cls, directory: str | Path, dataset: Dataset | None = None) -> SemanticIds:
+        """Reads what `save` wrote; with `dataset`, checks that these are the IDs of its items.
+
+        Raises:
+            InputError: missing or damaged files, or IDs of another dataset.
+        """
+        directory = Path(directory)
+        try:
+            card = json.loads((directory / "card.json").read_text())
+            loaded = _read(directory, card)
+        except FileNotFoundError as error:
+            raise InputError(f"no semantic IDs in {directory}: {_name(error)} is missing; {_REMEDY}") from None
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"semantic IDs in {directory} are damaged ({error}); {_REMEDY}") from None
+        if dataset is not None:
+            made_from = (loaded.origin["dataset"], len(loaded.codes))
+            if made_from != (dataset.card.get("content_hash"), dataset.num_items):
+                raise InputError(f"semantic IDs in {directory} were made from another state of the dataset; {_REMEDY}")
+        return loaded
+
+
+_REMEDY = "make them with `onerec tokenize RECIPE`"
+
+
+def _name(error: FileNotFoundError) -> str:
+    return Path(error.filename).name if error.filename else "a file"
+
+
+def _arrays(ids: SemanticIds) -> dict[str, np.ndarray]:
+    arrays = {"codes": ids.codes, "item_start": ids.trie.item_start, "items": ids.trie.items}
+    arrays |= {f"codebook_{level}": book for level, book in enumerate(ids.codebooks)}
+    for level in range(ids.trie.levels):
+        arrays |= {f"child_start_{level}": ids.trie.child_start[level], f"token_{level}": ids.trie.token[level]}
+    return arrays
+
+
+def _check_replaceable(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "codes.npy").is_file():
+        raise InputError(f"tokenizer.directory {directory} holds other files than semantic IDs; name a new folder")
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    """Puts a finished folder in the place of an existing one, which stays whole until then."""
+    if directory.exists():
+        old = directory.with_name(f"{directory.name}.old-{os.getpid()}")
+        directory.rename(old)
+        try:
+            partial.rename(directory)
+        except OSError:
+            old.rename(directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(directory)
+
+
+def _read(directory: Path, card: dict[str, Any]) -> SemanticIds:
+    if card["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {card['format_version']}, this is {FORMAT_VERSION}")
+
+    def array(name: str) -> np.ndarray:
+        return np.load(directory / f"{name}.npy", allow_pickle=False)
+
+    sizes = tuple(int(size) for size in card["codebook_sizes"])
+    codes = array("codes")
+    books = tuple(array(f"codebook_{level}") for level in range(len(card["tokenizer"]["codebook_sizes"])))
+    trie = Trie(
+        tuple(array(f"child_start_{level}") for level in range(len(sizes))),
+        tuple(array(f"token_{level}") for level in range(len(sizes))),
+        array("item_start"),
+        array("items"),
+    )
+    if codes.shape != (len(trie.items), len(sizes)) or tuple(map(len, books)) != sizes[: len(books)]:
+        raise ValueError("codes.npy does not fit the trie or the codebook sizes")
+    if len(codes) and not ((codes >= 0).all() and (codes < sizes).all()):
+        raise ValueError("codes.npy has codes outside their codebooks")
+    origin = {key: card[key] for key in ("tokenizer", "seed", "dataset")}
+    return SemanticIds(codes, books, sizes, trie, card["quality"], origin)
+
+
+def resolve_priority(dataset: Dataset, resolve: str, seed: int) -> np.ndarray:
+    """A number per item [I]; of the items of one ID the one with the largest is served first, ties by row.
+
+    popularity: events in train; recency: upload time, unknown last; uniform: a seeded random order.
+    """
+    if resolve == "popularity":
+        return dataset.items.train_count
+    if resolve == "recency":
+        return dataset.items.upload_ms
+    return np.random.default_rng(seed).permutation(dataset.num_items)
+
+
+def extra_level(codes: np.ndarray, priority: np.ndarray) -> np.ndarray:
+    """The number int32 [I] of each item among those with its codes int32 [I,L]: 0, 1, 2, … in resolve order."""
+    trie = Trie.build(codes, priority)
+    position = np.arange(len(codes)) - np.repeat(trie.item_start[:-1], np.diff(trie.item_start))
+    level = np.empty(len(codes), np.int32)
+    level[trie.items] = position
+    return level
+
+
+def fit_semantic_ids(dataset: Dataset, config: TokenizerConfig, seed: int) -> SemanticIds:
+    """Semantic IDs of all items of a dataset: content vectors, residual k-means, optional extra level, trie, report.
+
+    Raises:
+        InputError: the dataset lacks the content the config names, or a content vector is not finite.
+    """
+    vectors = content_vectors(dataset, config, seed)
+    codebooks = rq_kmeans.fit(vectors, config.codebook_sizes, config.iterations, seed, config.batch_size)
+    codes = rq_kmeans.encode(vectors, codebooks, config.batch_size)
+    sizes = config.codebook_sizes
+    priority = resolve_priority(dataset, config.resolve, seed)
+    if config.dedup == "extra_level":
+        codes = np.column_stack([codes, extra_level(codes, priority)])
+        sizes = (*sizes, int(codes[:, -1].max()) + 1)
+    origin = {
+        "tokenizer": config.model_dump(mode="json", exclude={"directory"}),
+        "seed": seed,
+        "dataset": dataset.card.get("content_hash"),
+    }
+    report = quality.quality(vectors, codes, codebooks)
+    return SemanticIds(codes, codebooks, sizes, Trie.build(codes, priority), report, origin)

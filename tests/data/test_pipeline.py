@@ -1,0 +1,260 @@
+"""Batches against a plain reading of the histories; order, processes and restarts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onerec_jax.config import ModelConfig, make_recipe
+from onerec_jax.data.lifelong import compress
+from onerec_jax.data.pipeline import Pipeline, make_batch
+from onerec_jax.data.schema import ItemFeatures
+from onerec_jax.errors import InputError
+
+REFRESH = 5
+CLUSTER_SIZE = 2
+
+
+def arrays_of(batch):
+    """Every array of a batch by its name."""
+    found = {}
+    for name, value in vars(batch).items():
+        inner = vars(value) if isinstance(value, ItemFeatures) else {"": value}
+        found |= {f"{name}.{field}": array for field, array in inner.items()}
+    return found
+
+
+def assert_same(one, other):
+    for (name, a), (_, b) in zip(arrays_of(one).items(), arrays_of(other).items(), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b), name
+
+
+def codes_for(dataset, levels=3):
+    return np.random.default_rng(0).integers(0, 50, (dataset.num_items, levels)).astype(np.int32)
+
+
+def plain_events(dataset, user):
+    """One dict per event of a user."""
+    history = dataset.history(user)
+    columns = ("item", "timestamp_ms", "playtime_s", "duration_s", "feedback", "positive")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*(getattr(history, c) for c in columns), strict=True)]
+
+
+def plain_lifelong(dataset, events, cut, length):
+    refreshed = cut // REFRESH * REFRESH
+    early = events[:refreshed]
+    sequence = []
+    if early:
+        vectors = dataset.items.embedding[[event["item"] for event in early]]
+        columns = (np.array([event[c] for event in early]) for c in ("timestamp_ms", "playtime_s", "duration_s"))
+        for representative, _, *means in zip(*compress(vectors, *columns, CLUSTER_SIZE), strict=True):
+            means = dict(zip(("timestamp_ms", "playtime_s", "duration_s"), means, strict=True))
+            sequence.append({**early[representative], **means})
+    return (sequence + events[refreshed:cut])[-length:] if length else []
+
+
+def check_pathway(dataset, codes, features, b, events, ages):
+    """Row b of a pathway holds these events, then padding."""
+    n = len(events)
+    item = [event["item"] for event in events]
+    assert features.item[b].tolist() == item + [-1] * (features.item.shape[1] - n)
+    expected = {
+        "codes": codes[item],
+        "author": dataset.items.author[item],
+        "tag": dataset.items.tag[item],
+        "age_s": np.float32(ages),
+        "playtime_s": np.float32([event["playtime_s"] for event in events]),
+        "duration_s": np.float32([event["duration_s"] for event in events]),
+        "feedback": [event["feedback"] for event in events],
+    }
+    for name, values in expected.items():
+        row = getattr(features, name)[b]
+        assert row[n:].max(initial=0) == row[n:].min(initial=0) == 0
+        np.testing.assert_allclose(row[:n], np.reshape(values, row[:n].shape), rtol=1e-6, err_msg=name)
+
+
+def check_batch(dataset, codes, model, examples, targets, negative_weight, frozen):
+    """`make_batch` against the definitions, one example and one event at a time."""
+    batch = make_batch(dataset, codes, model, examples, targets, negative_weight, frozen=frozen)
+    for b, (user, cut, start, stop) in enumerate(examples.tolist()):
+        events = plain_events(dataset, user)
+        stop = min(stop, start + targets)
+        assert batch.user[b].tolist() == [user, *dataset.user_features[user]]
+        now = events[start if start < len(events) else -1]["timestamp_ms"]
+        if model.causal:
+            end = cut if frozen else max(cut, stop - 1)
+            begin = max(0, end - model.short_length)
+            short = events[begin:end]
+            ages = [
+                (events[i]["timestamp_ms"] - events[max(i - 1, 0)]["timestamp_ms"]) / 1000 for i in range(begin, end)
+            ]
+        else:
+            short = events[max(0, cut - model.short_length) : cut]
+            ages = [(now - event["timestamp_ms"]) / 1000 for event in short]
+        check_pathway(dataset, codes, batch.short, b, short, ages)
+        positive = [event for event in events[:cut] if event["positive"]] if not model.causal else []
+        positive = positive[-model.positive_length :] if model.positive_length else []
+        lifelong = plain_lifelong(dataset, events, cut, model.lifelong_length)
+        for features, chosen in ((batch.positive, positive), (batch.lifelong, lifelong)):
+            check_pathway(
+                dataset, codes, features, b, chosen, [(now - event["timestamp_ms"]) / 1000 for event in chosen]
+            )
+        for t in range(targets):
+            if start + t >= stop:
+                assert batch.target_item[b, t] == -1 and batch.target_weight[b, t] == 0
+                assert not batch.targets[b, t].any() and not batch.feedback[b, t].any()
+                assert batch.visible[b, t] == len(short)
+                continue
+            target = events[start + t]
+            assert batch.target_item[b, t] == target["item"]
+            assert batch.targets[b, t].tolist() == codes[target["item"]].tolist()
+            assert batch.target_weight[b, t] == np.float32(1 if target["positive"] else negative_weight)
+            assert batch.feedback[b, t].tolist() == target["feedback"].tolist()
+            assert batch.playtime_s[b, t] == target["playtime_s"]
+            earlier = sum(event["timestamp_ms"] < target["timestamp_ms"] for event in short)
+            assert batch.visible[b, t] == (earlier if model.causal and not frozen else len(short))
+
+
+@pytest.fixture(scope="session")
+def logs(noise_tables, write):
+    """Datasets of noise by seed, made once."""
+    made = {}
+
+    def get(seed):
+        if seed not in made:
+            labels = [("click", "long_view", "like"), (), ("like",)][seed]
+            tables = noise_tables(seed=seed, events=120, span=100, labels=labels)
+            made[seed] = write(
+                tables, lifelong_refresh=REFRESH, lifelong_cluster_size=CLUSTER_SIZE, request_gap_s=20, target_stride=1
+            )
+        return made[seed]
+
+    return get
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_batch_holds_exactly_what_its_examples_may_see(logs, data):
+    dataset = logs(data.draw(st.integers(0, 2)))
+    causal = data.draw(st.booleans())
+    lengths = st.integers(0, 30)
+    model = ModelConfig(
+        causal=causal,
+        short_length=data.draw(st.integers(1, 30) if causal else lengths),
+        positive_length=0 if causal else data.draw(lengths),
+        lifelong_length=0 if causal else data.draw(lengths),
+    )
+    split = dataset.examples(data.draw(st.sampled_from(["train", "valid", "test"])))
+    rows = data.draw(st.lists(st.integers(0, len(split) - 1), min_size=1, max_size=20))
+    examples = np.array(split[rows])
+    if data.draw(st.booleans()):  # a user as of now: the whole history is the context, there is no target
+        user = examples[0, 0]
+        size = len(dataset.history(user).item)
+        examples = np.concatenate([examples, [[user, size, size, size]]])
+    check_batch(
+        dataset,
+        codes_for(dataset),
+        model,
+        examples,
+        data.draw(st.integers(1, 6)),
+        0.25,
+        frozen=data.draw(st.booleans()),
+    )
+
+
+def test_an_empty_history_gives_an_empty_context(noise_tables, write):
+    tables = noise_tables()
+    mask = np.array([user != "u2" for user in tables.events["user_id"].to_pylist()])
+    dataset = write(dataclasses.replace(tables, events=tables.events.filter(mask)))
+    for causal in (False, True):
+        batch = make_batch(dataset, codes_for(dataset), ModelConfig(causal=causal), np.array([[2, 0, 0, 0]]), 2)
+        assert (batch.short.item == -1).all() and (batch.target_item == -1).all()
+        assert batch.visible.tolist() == [[0, 0]]
+
+
+def recipe(**train):
+    return make_recipe(
+        {
+            "name": "test",
+            "seed": 3,
+            "data": {"source": {"kind": "simulator"}, "targets": 2},
+            "model": {"short_length": 4, "positive_length": 3, "lifelong_length": 8},
+            "train": {"batch_size": 8, "accumulation": 1, **train},
+        }
+    )
+
+
+def test_the_global_batch_is_the_same_for_one_two_and_four_processes(logs):
+    dataset = logs(0)
+    codes = codes_for(dataset)
+    whole = Pipeline(dataset, codes, recipe())
+    for step in (0, 7):
+        expected = arrays_of(whole.batch_at(step))
+        for count in (2, 4):
+            shares = [Pipeline(dataset, codes, recipe(), process_index=i, process_count=count) for i in range(count)]
+            parts = [arrays_of(share.batch_at(step)) for share in shares]
+            for name, array in expected.items():
+                assert np.array_equal(np.concatenate([part[name] for part in parts]), array), name
+
+
+@pytest.mark.parametrize("train", [{"threads": 1}, {"threads": 3, "prefetch": 5}])
+def test_iterating_gives_the_batch_of_each_step_and_resumes_anywhere(logs, train):
+    dataset = logs(0)
+    pipeline = Pipeline(dataset, codes_for(dataset), recipe(**train))
+    for step in range(3):
+        assert pipeline.state() == {"step": step}
+        assert_same(next(pipeline), pipeline.batch_at(step))
+    other = Pipeline(dataset, codes_for(dataset), recipe())
+    other.restore(pipeline.state())
+    assert_same(next(other), pipeline.batch_at(3))
+    pipeline.restore({"step": 1})
+    assert_same(next(pipeline), other.batch_at(1))
+    assert pipeline.state() == {"step": 2}
+    pipeline.close()
+
+
+def test_loader_processes_give_the_batches_in_order(logs):
+    dataset = logs(0)
+    pipeline = Pipeline(dataset, codes_for(dataset), recipe(workers=1))
+    pipeline.restore({"step": 5})
+    for step in range(5, 8):
+        assert_same(next(pipeline), pipeline.batch_at(step))
+    assert pipeline.state() == {"step": 8}
+    pipeline.close()
+
+
+def test_each_epoch_has_every_example_once_in_another_order(logs):
+    dataset = logs(0)
+    examples = {tuple(row): i for i, row in enumerate(dataset.examples("train").tolist())}
+    pipeline = Pipeline(dataset, codes_for(dataset), recipe(batch_size=1))
+    order = [pipeline._load.order[i] for i in range(2 * len(examples))]
+    first, second = order[: len(examples)], order[len(examples) :]
+    assert sorted(first) == sorted(second) == list(range(len(examples)))
+    assert first != second
+
+
+def test_fewer_examples_than_a_batch_are_repeated(logs):
+    dataset = logs(0)
+    size = 3 * len(dataset.examples("test"))
+    batch = Pipeline(dataset, codes_for(dataset), recipe(batch_size=size), split="test").batch_at(0)
+    assert batch.user.shape[0] == size
+    counts = np.unique(np.concatenate([batch.user, batch.target_item], axis=1), axis=0, return_counts=True)[1]
+    assert (counts % 3 == 0).all()
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused(logs):
+    with pytest.raises(InputError, match=r"train\.batch_size 8 must be a multiple of the 3 processes"):
+        Pipeline(logs(0), codes_for(logs(0)), recipe(), process_count=3)
+
+
+def test_a_split_without_examples_is_refused(noise_tables, write):
+    dataset = write(noise_tables(), split={"valid_from": 0.8, "test_from": 0.8})
+    with pytest.raises(InputError, match="no valid examples"):
+        Pipeline(dataset, codes_for(dataset), recipe(), split="valid")
+
+
+def test_semantic_ids_of_another_dataset_are_refused(logs):
+    with pytest.raises(InputError, match=r"cover 4 items but .* has 9"):
+        Pipeline(logs(0), codes_for(logs(0))[:4], recipe())

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import jax
+import pytest
+from conftest import VOCABULARY, random_batch, tiny_model
+
+from onerec_jax.model.onerec import build
+from onerec_jax.train.flops import request_flops
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_analytic_count_agrees_with_the_compilers_on_a_dense_model(causal: bool):
+    """Wide enough that matmuls dominate; one block a stack, because the compiler counts a scanned body once."""
+    config = tiny_model(
+        d_model=256, ffn_hidden=512, heads=4, causal=causal, author_dim=64, feature_dim=64, static_dim=64,
+        **({"positive_length": 0, "lifelong_length": 0} if causal else {"lifelong_length": 64}),
+    )  # fmt: skip
+    model = build(config, VOCABULARY)
+    params, tables = jax.eval_shape(lambda: model.init(0))
+
+    def forward(params, tables, batch):
+        rows = {name: t["rows"] for name, t in tables.items()}
+        return model.bind(params)(model.localise(batch, touched_only=False)[0], rows, model.init_bias(), None)[0]
+
+    batch = random_batch(config, batch=4, targets=8)
+    counted = jax.jit(forward).lower(params, tables, batch).compile().cost_analysis()["flops"] / 4
+    ours = request_flops(
+        config, VOCABULARY, short=config.short_length, positive=config.positive_length, lifelong=config.lifelong_length,
+        targets=8,
+    )  # fmt: skip
+    assert abs(ours.forward / counted - 1) < 0.02
+    assert ours.training == 3 * ours.forward
