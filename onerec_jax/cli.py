@@ -25,7 +25,7 @@ console = Console()
 
 
 def say(line: Any) -> None:
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()

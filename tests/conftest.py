@@ -49,7 +49,9 @@ def random_events(rng: np.random.Generator, vocabulary: Vocabulary, batch: int, 
     )
 
 
-def random_batch(config: ModelConfig, vocabulary: Vocabulary = VOCABULARY, batch: int = 4, targets: int = 3, seed: int = 0) -> Batch:
+def random_batch(
+    config: ModelConfig, vocabulary: Vocabulary = VOCABULARY, batch: int = 4, targets: int = 3, seed: int = 0
+) -> Batch:
     """A batch of random requests; the last target of every request is missing."""
     rng = np.random.default_rng(seed)
     weight = np.ones((batch, targets), np.float32)
@@ -60,12 +62,15 @@ def random_batch(config: ModelConfig, vocabulary: Vocabulary = VOCABULARY, batch
         visible = np.minimum(visible, 1 + np.arange(targets)[None, :])
     return Batch(
         user=np.stack(
-            [rng.integers(0, vocabulary.users, batch)] + [rng.integers(0, n, batch) for n in vocabulary.user_features], 1
+            [rng.integers(0, vocabulary.users, batch)] + [rng.integers(0, n, batch) for n in vocabulary.user_features],
+            1,
         ).astype(np.int32),
         short=short,
         positive=random_events(rng, vocabulary, batch, config.positive_length),
         lifelong=random_events(rng, vocabulary, batch, config.lifelong_length),
-        targets=np.stack([rng.integers(0, s, (batch, targets)) for s in vocabulary.codebook_sizes], -1).astype(np.int32),
+        targets=np.stack([rng.integers(0, s, (batch, targets)) for s in vocabulary.codebook_sizes], -1).astype(
+            np.int32
+        ),
         target_item=rng.integers(0, vocabulary.items, (batch, targets)).astype(np.int32),
         target_weight=weight,
         visible=visible.astype(np.int32),
@@ -106,7 +111,10 @@ def tiny_values(folder: Path) -> dict:
         "name": "tiny",
         "runs": str(folder / "runs"),
         "data": {
-            "source": {"kind": "simulator", "users": 60, "items": 150, "events_per_user": 30, "days": 6, "topics": 6, "embedding_dim": 8},
+            "source": {
+                "kind": "simulator", "users": 60, "items": 150, "events_per_user": 30, "days": 6, "topics": 6,
+                "embedding_dim": 8,
+            },
             "directory": str(folder / "dataset"),
             "targets": 3,
             "target_stride": 3,

@@ -115,11 +115,9 @@ class Decoder(nnx.Module):
         b, t, levels = targets_BxTxC.shape
         inputs = [self.embed_level(i, targets_BxTxC[..., max(0, i - 1)], dtype) for i in range(levels)]
         x = dropout(jnp.stack(inputs, axis=2), self.config.dropout, None if key is None else jax.random.fold_in(key, 3))
-        mask = context.valid[:, None, :] & (context.position[None, None, :] < visible_BxT[:, :, None])
+        mask = context.valid[:, None, :]
         if self.config.causal:
-            mask = jnp.repeat(mask, levels, axis=1)
-        else:
-            mask = context.valid[:, None, :]
+            mask = jnp.repeat(mask & (context.position[None, None, :] < visible_BxT[:, :, None]), levels, axis=1)
         x, load, _ = self.decode(
             x, self.empty_past(b, t, dtype), self.cross_keys_values(context), mask, valid_BxT, bias_GxE,
             None if key is None else jax.random.fold_in(key, 4),

@@ -14,7 +14,6 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.model.layers import FeedForward, dropout, remat
 from onerec_jax.model.moe import MoE
 
-
 # A rolled scan keeps compile time flat in depth; a short one is unrolled, because a CPU otherwise spends three times the
 # matmuls' time on moving residuals in and out of the loop.
 UNROLLED = 4

@@ -66,7 +66,9 @@ def logical_axes(name: str) -> tuple[str | None, ...]:
     """
     found = [axes for pattern, axes in _RULES if pattern.match(name)]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} sharding rules match '{name}', exactly one must: see PARAMETERS in parallel/sharding.py")
+        raise ValueError(
+            f"{len(found)} sharding rules match '{name}', exactly one must: see PARAMETERS in parallel/sharding.py"
+        )
     return ("layers", *found[0]) if "/stack/groups/" in name else found[0]
 
 

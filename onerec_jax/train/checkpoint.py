@@ -58,7 +58,9 @@ class Checkpoints:
         values = self._checkpointer.load_checkpointables(self._known(step), {"recipe": None})
         return make_recipe(values["recipe"], str(self.directory))
 
-    def restore(self, abstract: TrainState, recipe: Recipe, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
+    def restore(
+        self, abstract: TrainState, recipe: Recipe, step: int | None = None
+    ) -> tuple[TrainState, dict[str, int]]:
         """State placed as `abstract` says (any mesh), and the data position.
 
         Raises:
@@ -87,7 +89,9 @@ class Checkpoints:
 
     def _check_model(self, step: int, recipe: Recipe) -> None:
         saved, mine = self.recipe(step).model.model_dump(), recipe.model.model_dump()
-        different = [f"model.{k} is {mine[k]!r} but {saved[k]!r} in the checkpoint" for k in mine if mine[k] != saved[k]]
+        different = [
+            f"model.{k} is {mine[k]!r} but {saved[k]!r} in the checkpoint" for k in mine if mine[k] != saved[k]
+        ]
         if different:
             raise InputError(
                 f"{self.directory}/{step} is of another model: {'; '.join(different)}; "

@@ -76,7 +76,9 @@ def request_flops(
     queries, compressor = 0.0, 0.0
     if config.lifelong_length:
         queries = config.lifelong_queries
-        per_block = 2 * 2 * d * d * lifelong + queries * (2 * 2 * d * d + 2 * 2 * d * lifelong + 2 * 2 * d * config.ffn_hidden)
+        per_block = 2 * 2 * d * d * lifelong + queries * (
+            2 * 2 * d * d + 2 * 2 * d * lifelong + 2 * 2 * d * config.ffn_hidden
+        )
         compressor = per_event * lifelong + config.lifelong_layers * per_block
     n = 1 + short + positive + queries
     attention = n * 2 * 4 * d * d + 2 * 2 * n * n * d

@@ -137,7 +137,12 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
         for i in range(min(train.eval_batches, -(-len(examples) // size))):
             rows = np.resize(order[i * size : (i + 1) * size], size)
             batch = make_batch(
-                dataset, ids.codes, recipe.model, examples[rows], recipe.data.targets, negative_weight=train.negative_weight
+                dataset,
+                ids.codes,
+                recipe.model,
+                examples[rows],
+                recipe.data.targets,
+                negative_weight=train.negative_weight,
             )
             per_process = size // jax.process_count()
             first = jax.process_index() * per_process

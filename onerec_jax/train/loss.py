@@ -9,7 +9,9 @@ from jax import Array
 from onerec_jax.train.metrics import Metrics
 
 
-def next_token_loss(logits: tuple[Array, ...], targets_BxTxC: Array, weight_BxT: Array, smoothing: float) -> tuple[Array, Metrics]:
+def next_token_loss(
+    logits: tuple[Array, ...], targets_BxTxC: Array, weight_BxT: Array, smoothing: float
+) -> tuple[Array, Metrics]:
     """L_NTP = -sum_j log P(s^{j+1} | BOS, s^1..s^j), the report's sum over levels.
 
     Returns the sum over targets of weight * loss (to be divided by the sum of weights) and, as (sum, weight) pairs, the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,7 +34,9 @@ class MetricsLog:
 
     def __init__(self, directory: Path, tensorboard: bool):
         directory.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = open(directory / "metrics.jsonl", "a", buffering=1)
+        path = directory / "metrics.jsonl"
+        _drop_partial_line(path)
+        self._file: TextIO = path.open("a", buffering=1)
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -52,8 +55,17 @@ class MetricsLog:
             self._events.close()
 
 
+def _drop_partial_line(path: Path) -> None:
+    """Cuts off a last line without an end, which a kill may leave, so that the next line does not join it."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """All lines of a run's `metrics.jsonl`; where a resumed run repeats a step, its last line counts."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines() if line.strip()]
+    """All whole lines of a run's `metrics.jsonl`; where a resumed run repeats a step, its last line counts."""
+    whole_lines = (directory / "metrics.jsonl").read_text().split("\n")[:-1]
+    lines = [json.loads(line) for line in whole_lines]
     latest = {(line["step"], "valid/loss" in line): line for line in lines}
     return [latest[key] for key in sorted(latest)]

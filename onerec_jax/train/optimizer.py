@@ -49,8 +49,6 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             adam_weight_decay=config.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_axes,
         )  # fmt: skip
     else:
-        update = optax.adamw(
-            rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=is_matrix
-        )
+        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=is_matrix)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, update)

@@ -50,4 +50,7 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
 def create_state(model: Model, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """A fresh state, made in place on the mesh."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
-    return jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=places)()
+    make = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=places).lower()
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # run once, so compiling fast is worth more than fast code
+    return make.compile({"xla_backend_optimization_level": 0} if on_cpu else None)()

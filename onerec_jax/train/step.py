@@ -118,4 +118,3 @@ def compile_step(step: Callable[..., Any], abstract: TrainState, mesh: Mesh) -> 
     """`step` jitted on the mesh: state in place and donated, batch split over the data axes, metrics replicated."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None), donate_argnums=0)
-

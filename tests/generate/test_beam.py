@@ -97,8 +97,8 @@ def test_a_narrow_beam_equals_a_step_by_step_search_in_numpy(model: Model, trie:
         prefix = [np.log(np.exp(log_p[b]).sum((1, 2))), np.log(np.exp(log_p[b]).sum(2)), log_p[b]]
         kept: list[tuple[int, ...]] = [()]
         for level in range(3):
-            grown = [p + (c,) for p in kept for c in range(SIZES[level]) if p + (c,) in legal]
-            kept = sorted(grown, key=lambda p: -prefix[level][p])[:width]  # noqa: B023
+            grown = [(*p, c) for p in kept for c in range(SIZES[level]) if (*p, c) in legal]
+            kept = sorted(grown, key=lambda p: -prefix[level][p])[:width]
         assert np.asarray(beams.codes[b]).tolist() == [list(p) for p in kept]
 
 

@@ -16,7 +16,13 @@ ROWS, D, F, E, A = 37, 8, 12, 5, 2
 def _inputs(seed: int = 0):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
-    return draw(ROWS, D), draw(E, D, F) / 3, draw(E, D, F) / 3, draw(E, F, D) / 3, jnp.asarray(rng.random((ROWS, A)).astype(np.float32))
+    return (
+        draw(ROWS, D),
+        draw(E, D, F) / 3,
+        draw(E, D, F) / 3,
+        draw(E, F, D) / 3,
+        jnp.asarray(rng.random((ROWS, A)).astype(np.float32)),
+    )
 
 
 def _loads() -> dict[str, np.ndarray]:

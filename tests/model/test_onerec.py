@@ -49,7 +49,9 @@ def test_poisoned_padding_changes_neither_loss_nor_gradient(model: Model):
 def test_gradients_reach_every_parameter_of_all_four_pathways():
     model = build(tiny_model(), VOCABULARY)
     _, (gradient, rows) = _gradient(model)(*_parts(model), random_batch(model.config, batch=16))
-    still = [jax.tree_util.keystr(p) for p, g in jax.tree_util.tree_leaves_with_path(gradient) if not np.asarray(g).any()]
+    still = [
+        jax.tree_util.keystr(p) for p, g in jax.tree_util.tree_leaves_with_path(gradient) if not np.asarray(g).any()
+    ]
     assert not still
     assert all(np.asarray(g).any() for g in rows.values())
 
@@ -93,10 +95,14 @@ def test_targets_that_share_a_context_score_as_they_would_alone():
     for t in range(2):
         alone = logits(
             dataclasses.replace(
-                batch, targets=batch.targets[:, t : t + 1], target_weight=batch.target_weight[:, t : t + 1],
-                target_item=batch.target_item[:, t : t + 1], visible=batch.visible[:, t : t + 1],
-                feedback=batch.feedback[:, t : t + 1], playtime_s=batch.playtime_s[:, t : t + 1],
-            )  # fmt: skip
+                batch,
+                targets=batch.targets[:, t : t + 1],
+                target_weight=batch.target_weight[:, t : t + 1],
+                target_item=batch.target_item[:, t : t + 1],
+                visible=batch.visible[:, t : t + 1],
+                feedback=batch.feedback[:, t : t + 1],
+                playtime_s=batch.playtime_s[:, t : t + 1],
+            )
         )
         for a, b in zip(together, alone, strict=True):
             np.testing.assert_allclose(a[:, t], b[:, 0], rtol=1e-4, atol=1e-5)

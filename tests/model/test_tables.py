@@ -6,7 +6,13 @@ import numpy as np
 from conftest import VOCABULARY, random_batch, tiny_model
 
 from onerec_jax.model.tables import (
-    adagrad_rows, bucket_rows, gather, init_tables, localise, table_shapes, update_tables,
+    adagrad_rows,
+    bucket_rows,
+    gather,
+    init_tables,
+    localise,
+    table_shapes,
+    update_tables,
 )  # fmt: skip
 
 

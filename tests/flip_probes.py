@@ -1,0 +1,324 @@
+"""What a recipe does, measured: each probe runs one part of the real code and returns an outcome to compare.
+
+A probe is called in an empty working folder with (recipe, world); outcomes are compared with `==`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+from stand_ins import instant_training
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.pipeline import Pipeline, make_batch
+from onerec_jax.data.prepare import prepare, write_dataset
+from onerec_jax.data.schema import Tables
+from onerec_jax.data.sources import load_tables
+from onerec_jax.data.store import Dataset
+from onerec_jax.errors import InputError
+from onerec_jax.evaluate.evaluation import evaluate
+from onerec_jax.evaluate.floors import fit_floor, rank
+from onerec_jax.evaluate.requests import collect_requests, train_log
+from onerec_jax.generate import recommender
+from onerec_jax.generate.beam import Beams
+from onerec_jax.model.onerec import build
+from onerec_jax.parallel.mesh import make_mesh
+from onerec_jax.parallel.sharding import shardings
+from onerec_jax.tokenizer import kmeans
+from onerec_jax.tokenizer.content import content_vectors
+from onerec_jax.tokenizer.semantic_ids import SemanticIds, fit_semantic_ids
+from onerec_jax.train.loop import load_inputs, pretrain
+from onerec_jax.train.metrics import read_metrics
+from onerec_jax.train.optimizer import make_optimizer
+from onerec_jax.train.state import TrainState
+from onerec_jax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What probes share: a small log, the tiny dataset with its semantic IDs, and pytest's monkeypatch."""
+
+    tables: Tables
+    dataset: Dataset
+    ids: SemanticIds
+    monkeypatch: pytest.MonkeyPatch
+
+
+def digest(tree: Any) -> str:
+    """A hash of the names, shapes, types and bytes of all arrays of a tree."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        total.update(str(array.tolist()).encode() if array.dtype == object else array.tobytes())
+    return total.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- data, tokenizer
+
+
+def log_tables(recipe: Recipe, world: World) -> Any:
+    """The canonical tables of the source."""
+    _write_logs()
+    tables = load_tables(recipe.data.source, recipe.seed)
+    return [getattr(tables, name).to_pydict() for name in ("events", "items", "users")]
+
+
+def _write_logs() -> None:
+    """Every file format there is, in two variants: `one` has a single event, `two` has two."""
+    users = {"user_id": ["0", "1"]} | {
+        name: ["v", "w"]
+        for name in (
+            "user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range", "fans_user_num_range",
+            "friend_user_num_range", "register_days_range", *(f"onehot_feat{n}" for n in range(18)),
+        )
+    }  # fmt: skip
+    flags = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "is_profile_enter")
+    times = {"date": 20220425, "time_ms": 1_650_900_000_000, "play_time_ms": 5, "duration_ms": 9}
+    for count, name in enumerate(("one", "two"), start=1):
+        folder = Path(name)
+        folder.mkdir()
+        pl.DataFrame({"user_id": [0, 1], "video_id": [7, 7]}).with_columns(
+            **{column: pl.lit(value) for column, value in (times | dict.fromkeys(flags, 1)).items()}
+        ).head(count).write_csv(folder / "log_standard_4_08_to_4_21_pure.csv")
+        header = "video_id,author_id,video_type,upload_dt,upload_type,video_duration,music_id,tag"
+        (folder / "video_features_basic_pure.csv").write_text(f"{header}\n7,1,NORMAL,2022-04-10,Web,9000.0,3,39\n")
+        pl.DataFrame(users).write_csv(folder / "user_features_pure.csv")
+        reviews = [{"reviewerID": f"A{n}", "asin": "B1", "unixReviewTime": 100} for n in range(count)]
+        (folder / "reviews_Beauty_5.json").write_text("".join(json.dumps(review) + "\n" for review in reviews))
+        events = pl.DataFrame({"user_id": [0, 1], "item_id": [7, 7], "timestamp_ms": [1, 2], "liked": [1, 0]})
+        events.head(count).write_parquet(folder / "events.parquet")
+    pl.DataFrame({"item_id": [7], "text": ["seven"]}).write_parquet("items.parquet")
+    pl.DataFrame({"user_id": [0, 1], "age": [30, 40]}).write_parquet("users.parquet")
+
+
+def dataset_files(recipe: Recipe, world: World) -> Any:
+    """The content of the dataset directory made from the small log; its card is left out."""
+    return Dataset(write_dataset(world.tables, recipe.data, Path("log"), recipe.seed, {})).card["content_hash"]
+
+
+def dataset_place(recipe: Recipe, world: World) -> Any:
+    """Where `prepare` writes."""
+    prepare(recipe)
+    return sorted(str(path) for path in Path().rglob("card.json"))
+
+
+def semantic_ids_place(recipe: Recipe, world: World) -> Any:
+    """Which semantic IDs training reads: those beside the dataset, or others in `elsewhere`."""
+    shutil.copytree(world.dataset.directory / "semantic_ids", "elsewhere")
+    card = json.loads(Path("elsewhere/card.json").read_text())
+    Path("elsewhere/card.json").write_text(json.dumps(card | {"seed": 99}))
+    return load_inputs(recipe)[1].origin["seed"]
+
+
+def vectors(recipe: Recipe, world: World) -> Any:
+    """Content vectors; a stand-in sentence model encodes a text as the hash of its own folder's name."""
+
+    class SentenceTransformer:
+        def __init__(self, folder: str, local_files_only: bool):
+            self.value = hashlib.sha256(folder.encode()).digest()[:4]
+
+        def encode(self, texts, batch_size, show_progress_bar):
+            return np.tile(np.frombuffer(self.value, np.uint8), (len(texts), 1)).astype(np.float32)
+
+    library = ModuleType("sentence_transformers")
+    library.SentenceTransformer = SentenceTransformer  # type: ignore[attr-defined]
+    world.monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    for folder in ("model-a", "model-b"):
+        Path(folder).mkdir()
+    return digest(content_vectors(world.dataset, recipe.tokenizer, recipe.seed))
+
+
+def semantic_ids(recipe: Recipe, world: World) -> Any:
+    """Fitted codes, their sizes, and the order in which items of one ID are served."""
+    ids = fit_semantic_ids(world.dataset, recipe.tokenizer, recipe.seed)
+    return digest((ids.codes, ids.codebooks, ids.trie.items)), ids.codebook_sizes
+
+
+def assignment_batches(recipe: Recipe, world: World) -> Any:
+    """Shapes of the batches that the quantizer assigns, whatever it assigns them to."""
+    shapes = []
+
+    def assign(rows, centroids):
+        shapes.append(rows.shape)
+        return np.zeros(len(rows), np.int32), np.zeros(len(rows), np.float32)
+
+    def add_up(rows, count, codes, centroids):
+        return np.zeros(centroids.shape, np.float32), np.ones(len(centroids), np.int32)
+
+    world.monkeypatch.setattr(kmeans, "_assign_batch", assign)
+    world.monkeypatch.setattr(kmeans, "_sum_batch", add_up)
+    fit_semantic_ids(world.dataset, recipe.tokenizer, recipe.seed)
+    return shapes
+
+
+# -------------------------------------------------------------------------------------------------------- model and step
+
+
+def _model(recipe: Recipe, world: World):
+    return build(recipe.model, world.dataset.vocabulary(world.ids.codebook_sizes))
+
+
+def model(recipe: Recipe, world: World) -> Any:
+    """Shapes of all parameters, tables and biases, and the traced forward pass of training."""
+    built = _model(recipe, world)
+    examples = world.dataset.examples("train")[:4]
+    batch = make_batch(world.dataset, world.ids.codes, recipe.model, examples, recipe.data.targets)
+    params, tables = jax.eval_shape(lambda: built.init(0))
+
+    def forward(params, tables, bias, key):
+        rows = {name: table["rows"] for name, table in tables.items()}
+        return built.bind(params)(built.localise(batch, touched_only=True)[0], rows, bias, key)
+
+    arguments = params, tables, jax.eval_shape(built.init_bias), jax.random.key(0)
+    program = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(forward)(*arguments)))
+    return str(jax.tree.map(lambda leaf: leaf.shape, arguments[:3])), program
+
+
+def layout(recipe: Recipe, world: World) -> Any:
+    """The mesh over eight devices and where each parameter lives on it, or why there is no such mesh."""
+    try:
+        mesh = make_mesh(recipe.mesh, jax.devices()[:1] * 8)
+    except InputError as error:
+        return str(error)
+    places = shardings(_model(recipe, world).abstract, mesh)
+    return dict(mesh.shape), str(jax.tree.map(lambda place: place.spec, places))
+
+
+def batch(recipe: Recipe, world: World) -> Any:
+    """The first training batch."""
+    return digest(Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0))
+
+
+def steps(recipe: Recipe, world: World) -> Any:
+    """The state after three real train steps of a model with one table, one matrix and a fixed expert load."""
+    micro_batches = set()
+
+    def bind(params):
+        def forward(batch, rows, bias, key):
+            micro_batches.add(batch.user.shape[0])
+            logits = (rows["author"][batch.user[:, 0] % 5] @ params["kernel"])[:, None, :]
+            shape = (*batch.target_weight.shape, 8)
+            return (jnp.broadcast_to(logits, shape),), {"decoder": jnp.asarray([[4.0, 2.0, 1.0, 1.0]])}
+
+        return forward
+
+    linear = SimpleNamespace(
+        config=recipe.model, bind=bind, localise=lambda batch, touched_only: (batch, {"author": None})
+    )
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)}
+    table = {"rows": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), "accumulator": jnp.zeros(5)}
+    optimizer = make_optimizer(recipe.train)
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), {"author": table}, {"decoder": jnp.zeros((1, 4))}
+    )
+    step = make_train_step(linear, recipe, optimizer)  # type: ignore[arg-type]
+    examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
+    for _ in range(3):
+        state, _ = step(state, jax.tree.map(jnp.asarray, examples))
+    return digest(state), micro_batches
+
+
+# ---------------------------------------------------------------------------------------------------------- train/loop
+
+
+def training(recipe: Recipe, world: World) -> Any:
+    """What a run leaves behind."""
+    instant_training(world.monkeypatch)
+    run = pretrain(recipe, lambda line: None)
+    kept = ("step", "loss", "valid/loss")
+    return {
+        "run": str(run),
+        "lines": [{name: line[name] for name in kept if name in line} for line in read_metrics(run)],
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+        "tensorboard": (run / "tensorboard").is_dir(),
+    }
+
+
+def start(recipe: Recipe, world: World) -> Any:
+    """The parameters that a run starts from; a run named `other` is there before it."""
+    started = instant_training(world.monkeypatch)
+    fresh = recipe.train.model_copy(update={"init_from": None})
+    pretrain(recipe.model_copy(update={"name": "other", "train": fresh}), lambda line: None)
+    before = len(started)
+    pretrain(recipe, lambda line: None)
+    return digest(started[before].params)
+
+
+def loader(recipe: Recipe, world: World) -> Any:
+    """The settings with which Grain reads ahead; its worker processes are not started."""
+    asked = []
+    read_options, worker_options = grain.ReadOptions, grain.MultiprocessingOptions
+
+    def reading(**settings):
+        asked.append(settings)
+        return read_options(**settings)
+
+    def multiprocessing(*settings, **named):
+        asked.append((settings, named))
+        return worker_options(*settings, **named)
+
+    world.monkeypatch.setattr(grain, "ReadOptions", reading)
+    world.monkeypatch.setattr(grain, "MultiprocessingOptions", multiprocessing)
+    world.monkeypatch.setattr(grain.IterDataset, "mp_prefetch", lambda self, options: self)
+    pipeline = Pipeline(world.dataset, world.ids.codes, recipe)
+    next(pipeline)
+    pipeline.close()
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluate
+
+
+def board(recipe: Recipe, world: World) -> Any:
+    """The evaluation's table for a stand-in model that recommends the first items not seen."""
+
+    def recommend(examples, seen, k, progress):
+        return rank(np.tile(-np.arange(world.dataset.num_items, dtype=float), (len(examples), 1)), seen, k), None
+
+    stand_in = SimpleNamespace(
+        recipe=recipe, dataset=world.dataset, run=Path(), recommend=recommend, legality=lambda rows: float(len(rows))
+    )
+    return evaluate(stand_in, lambda line: None).rows  # type: ignore[arg-type]
+
+
+def floor_scores(recipe: Recipe, world: World) -> Any:
+    """Scores of the first floor named."""
+    requests = collect_requests(world.dataset, recipe)
+    return digest(fit_floor(recipe.evaluate.floors[0], train_log(world.dataset), recipe.evaluate)(requests.context))
+
+
+def searches(recipe: Recipe, world: World) -> Any:
+    """Width and batch size of every beam search of an evaluation."""
+    asked = []
+
+    def make_beam_search(model, width):
+        def search(params, rows, bias, batch, trie):
+            size = batch.user.shape[0]
+            asked.append((width, size))
+            nothing = jnp.full((size, width), -1, jnp.int32)
+            return Beams(jnp.zeros((size, width, 3), jnp.int32), nothing, jnp.zeros((size, width)))
+
+        return search
+
+    world.monkeypatch.setattr(recommender, "make_beam_search", make_beam_search)
+    state = SimpleNamespace(params={}, tables={}, bias={})
+    examples = world.dataset.examples("test")[:20]
+    built = recommender.Recommender(Path(), recipe, world.dataset, world.ids, None, state)  # type: ignore[arg-type]
+    built.recommend(np.asarray(examples), None, max(recipe.evaluate.ks))
+    return asked

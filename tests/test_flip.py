@@ -1,0 +1,244 @@
+"""No setting is silently ignored: for every field of a recipe, another value changes what some part of the code does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import flip_probes as probe
+import pytest
+from pydantic import BaseModel
+
+from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.data.sources import load_tables
+from onerec_jax.data.store import Dataset
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+
+
+class Flip(NamedTuple):
+    """Another value of a field, the probe whose outcome it changes, and the settings under which it does."""
+
+    value: Any
+    probe: Callable[[Recipe, probe.World], Any]
+    under: dict[str, Any] = {}  # noqa: RUF012
+
+
+SMALL_LOG = {
+    "kind": "simulator", "users": 20, "items": 40, "events_per_user": 25, "days": 4, "topics": 3, "embedding_dim": 4
+}  # fmt: skip
+SMALL_SIMULATOR = {"data.source": SMALL_LOG}
+KUAIRAND = {"data.source": {"kind": "kuairand", "path": "one"}}
+AMAZON = {"data.source": {"kind": "amazon", "path": "one"}}
+PARQUET = {"data.source": {"kind": "parquet", "events": "one/events.parquet"}}
+SMALL_MODEL = {"model": {"d_model": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "short_length": 2}}
+SHORT_RUN = {**SMALL_MODEL, "train.eval_every": 3, "train.log_every": 2, "train.checkpoint_every": 3}
+BOARD = {"evaluate.floors": ["popularity", "markov"]}
+
+FLIPS: dict[str, Flip] = {
+    "name": Flip("another", probe.training, SHORT_RUN),
+    "seed": Flip(1, probe.log_tables, SMALL_SIMULATOR),
+    "runs": Flip("experiments", probe.training, SHORT_RUN),
+    "data.source.kind": Flip("amazon", probe.log_tables, KUAIRAND),
+    "data.source.simulator.users": Flip(21, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.simulator.items": Flip(41, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.simulator.events_per_user": Flip(26, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.simulator.days": Flip(5, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.simulator.topics": Flip(4, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.simulator.embedding_dim": Flip(5, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.simulator.drift": Flip(0.3, probe.log_tables, SMALL_SIMULATOR),
+    "data.source.kuairand.path": Flip("two", probe.log_tables, KUAIRAND),
+    "data.source.amazon.path": Flip("two", probe.log_tables, AMAZON),
+    "data.source.parquet.events": Flip("two/events.parquet", probe.log_tables, PARQUET),
+    "data.source.parquet.items": Flip("items.parquet", probe.log_tables, PARQUET),
+    "data.source.parquet.users": Flip("users.parquet", probe.log_tables, PARQUET),
+    "data.source.parquet.columns": Flip({"like": "liked"}, probe.log_tables, PARQUET),
+    "data.directory": Flip("elsewhere", probe.dataset_place, {**SMALL_SIMULATOR, "data.directory": None}),
+    "data.split.kind": Flip("leave_one_out", probe.dataset_files),
+    "data.split.valid_from": Flip(0.7, probe.dataset_files),
+    "data.split.test_from": Flip(0.95, probe.dataset_files),
+    "data.split.context": Flip("frozen", probe.dataset_files),
+    "data.positive_labels": Flip(["click"], probe.dataset_files),
+    "data.request_gap_s": Flip(5.0, probe.dataset_files),
+    "data.targets": Flip(2, probe.dataset_files),
+    "data.target_stride": Flip(1, probe.dataset_files),
+    "data.min_history": Flip(4, probe.dataset_files),
+    "data.max_history": Flip(10, probe.dataset_files),
+    "data.lifelong_cluster_size": Flip(2, probe.dataset_files),
+    "data.lifelong_refresh": Flip(6, probe.dataset_files),
+    "data.shards": Flip(2, probe.dataset_files),
+    "tokenizer.directory": Flip("elsewhere", probe.semantic_ids_place, SMALL_MODEL),
+    "tokenizer.content": Flip(["behaviour"], probe.vectors),
+    "tokenizer.sentence_model": Flip(
+        "model-b", probe.vectors, {"tokenizer.content": ["sentence"], "tokenizer.sentence_model": "model-a"}
+    ),
+    "tokenizer.dimensions": Flip(3, probe.vectors, {"tokenizer.content": ["text"], "tokenizer.dimensions": 4}),
+    "tokenizer.codebook_sizes": Flip([8, 8], probe.semantic_ids),
+    "tokenizer.iterations": Flip(1, probe.semantic_ids),
+    "tokenizer.batch_size": Flip(64, probe.assignment_batches),
+    "tokenizer.dedup": Flip("extra_level", probe.semantic_ids),
+    "tokenizer.resolve": Flip("uniform", probe.semantic_ids),
+    "model.d_model": Flip(16, probe.model),
+    "model.heads": Flip(4, probe.model),
+    "model.ffn_hidden": Flip(16, probe.model),
+    "model.encoder_layers": Flip(2, probe.model),
+    "model.decoder_layers": Flip(2, probe.model),
+    "model.item_input": Flip("sid", probe.model),
+    "model.short_length": Flip(0, probe.model),
+    "model.positive_length": Flip(0, probe.model),
+    "model.lifelong_length": Flip(7, probe.model),
+    "model.lifelong_queries": Flip(3, probe.model),
+    "model.lifelong_layers": Flip(2, probe.model),
+    "model.static_dim": Flip(4, probe.model),
+    "model.author_dim": Flip(4, probe.model),
+    "model.feature_dim": Flip(4, probe.model),
+    "model.pathway_hidden": Flip(5, probe.model),
+    "model.causal": Flip(True, probe.model, {"model.positive_length": 0, "model.lifelong_length": 0}),
+    "model.user_id": Flip(False, probe.model),
+    "model.item_rows": Flip(10, probe.model),
+    "model.author_rows": Flip(3, probe.model),
+    "model.user_rows": Flip(10, probe.model),
+    "model.dropout": Flip(0.5, probe.model),
+    "model.qk_norm": Flip(True, probe.model),
+    "model.attention": Flip("fused", probe.model),
+    "model.dtype": Flip("bfloat16", probe.model),
+    "model.remat": Flip("dots", probe.model, {"model.remat": "block"}),
+    "model.moe.experts": Flip(3, probe.model),
+    "model.moe.active": Flip(1, probe.model),
+    "model.moe.hidden": Flip(8, probe.model),
+    "model.moe.location": Flip("both", probe.model),
+    "model.moe.every": Flip(2, probe.model, {"model.decoder_layers": 2}),
+    "model.moe.router": Flip("sigmoid", probe.model),
+    "model.moe.balance_rate": Flip(0.0, probe.steps),
+    "model.moe.backend": Flip("reference", probe.model),
+    "model.moe.tile": Flip(4, probe.model),
+    "mesh.data": Flip(4, probe.layout),
+    "mesh.fsdp": Flip(2, probe.layout),
+    "mesh.expert": Flip(2, probe.layout),
+    "mesh.tensor": Flip(2, probe.layout),
+    "train.steps": Flip(5, probe.training, SHORT_RUN),
+    "train.batch_size": Flip(8, probe.batch),
+    "train.accumulation": Flip(2, probe.steps),
+    "train.learning_rate": Flip(2e-3, probe.steps),
+    "train.warmup_steps": Flip(1, probe.steps),
+    "train.schedule": Flip("constant", probe.steps, {"train.warmup_steps": 0}),
+    "train.final_rate": Flip(0.5, probe.steps, {"train.warmup_steps": 0}),
+    "train.optimizer": Flip("muon", probe.steps),
+    "train.b1": Flip(0.8, probe.steps),
+    "train.b2": Flip(0.9, probe.steps),
+    "train.weight_decay": Flip(0.0, probe.steps),
+    "train.clip_norm": Flip(0.01, probe.steps),
+    "train.table_rate": Flip(0.1, probe.steps),
+    "train.negative_weight": Flip(0.5, probe.batch),
+    "train.label_smoothing": Flip(0.1, probe.steps),
+    "train.log_every": Flip(3, probe.training, SHORT_RUN),
+    "train.eval_every": Flip(2, probe.training, SHORT_RUN),
+    "train.eval_batches": Flip(1, probe.training, SHORT_RUN),
+    "train.checkpoint_every": Flip(2, probe.training, SHORT_RUN),
+    "train.keep": Flip(1, probe.training, SHORT_RUN),
+    "train.workers": Flip(1, probe.loader),
+    "train.threads": Flip(2, probe.loader),
+    "train.prefetch": Flip(3, probe.loader),
+    "train.tensorboard": Flip(True, probe.training, SHORT_RUN),
+    "train.init_from": Flip("other", probe.start, {**SMALL_MODEL, "train.steps": 1}),
+    "evaluate.split": Flip("valid", probe.board, BOARD),
+    "evaluate.ks": Flip([3], probe.board, BOARD),
+    "evaluate.beam_width": Flip(9, probe.searches),
+    "evaluate.batch_size": Flip(10, probe.searches),
+    "evaluate.max_examples": Flip(0, probe.board, BOARD),
+    "evaluate.exclude_seen": Flip(False, probe.board, BOARD),
+    "evaluate.targets": Flip("all", probe.board, BOARD),
+    "evaluate.free_examples": Flip(3, probe.board, BOARD),
+    "evaluate.floors": Flip(["popularity"], probe.board, BOARD),
+    "evaluate.recent_days": Flip(1.0, probe.floor_scores, {"evaluate.floors": ["recent_popularity"]}),
+    "evaluate.ease_lambda": Flip(10.0, probe.floor_scores, {"evaluate.floors": ["ease"]}),
+    "evaluate.history_decay": Flip(0.5, probe.floor_scores, {"evaluate.floors": ["ease"]}),
+    "evaluate.recall": Flip("pair", probe.board, BOARD),
+}
+
+
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Paths of all settings; those of a source come after its kind."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if name == "source":
+            yield f"{prefix}source.kind"
+            for source in get_args(kind):
+                paths = fields(source, f"{prefix}source.{source.model_fields['kind'].default}.")
+                yield from (path for path in paths if not path.endswith(".kind"))
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested values with those at dotted paths replaced."""
+    values = copy.deepcopy(values)
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        node = values
+        for section in sections:
+            if section not in ("simulator", "kuairand", "amazon", "parquet"):
+                node = node.setdefault(section, {})
+        node[name] = copy.deepcopy(value)
+    return values
+
+
+@pytest.fixture(scope="session")
+def small_tables():
+    return load_tables(make_recipe({"name": "small", "data": {"source": SMALL_LOG}}).data.source, 0)
+
+
+@pytest.fixture
+def outcome(tiny_recipe: Recipe, small_tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a probe in a new folder on the tiny recipe with some settings replaced."""
+    dataset = Dataset(tiny_recipe.dataset_directory)
+    ids = SemanticIds.load(tiny_recipe.tokenizer_directory)
+    small = {
+        "runs": "runs", "data.min_history": 1, "data.lifelong_refresh": 8, "tokenizer.directory": None,
+        "train.threads": 1,
+    }  # fmt: skip
+    base = changed(tiny_recipe.model_dump(mode="json"), small)
+    folders = iter(range(9))
+
+    def run(measure: Callable[[Recipe, probe.World], Any], changes: dict[str, Any]) -> Any:
+        folder = tmp_path / str(next(folders))
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            return measure(make_recipe(changed(base, changes)), probe.World(small_tables, dataset, ids, patch))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def unflipped() -> dict[str, Any]:
+    """Outcomes without a flip, by probe and settings: many fields share one."""
+    return {}
+
+
+def key(flip: Flip) -> str:
+    return f"{flip.probe.__name__} {json.dumps(flip.under)}"
+
+
+@pytest.mark.parametrize("path", list(fields()))
+def test_another_value_of_a_field_has_an_effect(path: str, outcome, unflipped: dict[str, Any]):
+    assert path in FLIPS, f"{path} is new: add it to FLIPS with another value and a probe that shows its effect"
+    flip = FLIPS[path]
+    if key(flip) not in unflipped:
+        unflipped[key(flip)] = outcome(flip.probe, flip.under)
+    assert outcome(flip.probe, flip.under | {path: flip.value}) != unflipped[key(flip)]
+
+
+@pytest.mark.parametrize("flip", {key(flip): flip for flip in FLIPS.values()}.values(), ids=key)
+def test_without_a_flip_a_probe_has_the_same_outcome_again(flip: Flip, outcome, unflipped: dict[str, Any]):
+    if key(flip) not in unflipped:
+        unflipped[key(flip)] = outcome(flip.probe, flip.under)
+    assert outcome(flip.probe, flip.under) == unflipped[key(flip)]
+
+
+def test_every_flip_is_of_a_field_that_exists():
+    assert sorted(set(FLIPS) - set(fields())) == []
