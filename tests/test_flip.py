@@ -33,8 +33,11 @@ SMALL_SIMULATOR = {"data.source": SMALL_LOG}
 KUAIRAND = {"data.source": {"kind": "kuairand", "path": "one"}}
 AMAZON = {"data.source": {"kind": "amazon", "path": "one"}}
 PARQUET = {"data.source": {"kind": "parquet", "events": "one/events.parquet"}}
-SMALL_MODEL = {"model": {"d_model": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "short_length": 2}}
-SHORT_RUN = {**SMALL_MODEL, "train.eval_every": 3, "train.log_every": 2, "train.checkpoint_every": 3}
+LIFELONG = {"model.lifelong_length": 9}
+SHORT_RUN = {
+    "train.steps": 4, "train.eval_every": 3, "train.eval_batches": 2, "train.log_every": 2,
+    "train.checkpoint_every": 3,
+}  # fmt: skip
 BOARD = {"evaluate.floors": ["popularity", "markov"]}
 
 FLIPS: dict[str, Flip] = {
@@ -69,7 +72,7 @@ FLIPS: dict[str, Flip] = {
     "data.lifelong_cluster_size": Flip(2, probe.dataset_files),
     "data.lifelong_refresh": Flip(6, probe.dataset_files),
     "data.shards": Flip(2, probe.dataset_files),
-    "tokenizer.directory": Flip("elsewhere", probe.semantic_ids_place, SMALL_MODEL),
+    "tokenizer.directory": Flip("elsewhere", probe.semantic_ids_place),
     "tokenizer.content": Flip(["behaviour"], probe.vectors),
     "tokenizer.sentence_model": Flip(
         "model-b", probe.vectors, {"tokenizer.content": ["sentence"], "tokenizer.sentence_model": "model-a"}
@@ -87,15 +90,15 @@ FLIPS: dict[str, Flip] = {
     "model.decoder_layers": Flip(2, probe.model),
     "model.item_input": Flip("sid", probe.model),
     "model.short_length": Flip(0, probe.model),
-    "model.positive_length": Flip(0, probe.model),
-    "model.lifelong_length": Flip(7, probe.model),
-    "model.lifelong_queries": Flip(3, probe.model),
-    "model.lifelong_layers": Flip(2, probe.model),
+    "model.positive_length": Flip(3, probe.model),
+    "model.lifelong_length": Flip(9, probe.model),
+    "model.lifelong_queries": Flip(3, probe.model, LIFELONG),
+    "model.lifelong_layers": Flip(2, probe.model, LIFELONG),
     "model.static_dim": Flip(4, probe.model),
     "model.author_dim": Flip(4, probe.model),
     "model.feature_dim": Flip(4, probe.model),
     "model.pathway_hidden": Flip(5, probe.model),
-    "model.causal": Flip(True, probe.model, {"model.positive_length": 0, "model.lifelong_length": 0}),
+    "model.causal": Flip(True, probe.model),
     "model.user_id": Flip(False, probe.model),
     "model.item_rows": Flip(10, probe.model),
     "model.author_rows": Flip(3, probe.model),
@@ -104,35 +107,35 @@ FLIPS: dict[str, Flip] = {
     "model.qk_norm": Flip(True, probe.model),
     "model.attention": Flip("fused", probe.model),
     "model.dtype": Flip("bfloat16", probe.model),
-    "model.remat": Flip("dots", probe.model, {"model.remat": "block"}),
+    "model.remat": Flip("dots", probe.kept_for_backward),
     "model.moe.experts": Flip(3, probe.model),
     "model.moe.active": Flip(1, probe.model),
     "model.moe.hidden": Flip(8, probe.model),
     "model.moe.location": Flip("both", probe.model),
     "model.moe.every": Flip(2, probe.model, {"model.decoder_layers": 2}),
     "model.moe.router": Flip("sigmoid", probe.model),
-    "model.moe.balance_rate": Flip(0.0, probe.steps),
+    "model.moe.balance_rate": Flip(0.0, probe.step),
     "model.moe.backend": Flip("reference", probe.model),
     "model.moe.tile": Flip(4, probe.model),
     "mesh.data": Flip(4, probe.layout),
     "mesh.fsdp": Flip(2, probe.layout),
     "mesh.expert": Flip(2, probe.layout),
     "mesh.tensor": Flip(2, probe.layout),
-    "train.steps": Flip(5, probe.training, SHORT_RUN),
+    "train.steps": Flip(3, probe.training, SHORT_RUN),
     "train.batch_size": Flip(8, probe.batch),
-    "train.accumulation": Flip(2, probe.steps),
-    "train.learning_rate": Flip(2e-3, probe.steps),
-    "train.warmup_steps": Flip(1, probe.steps),
-    "train.schedule": Flip("constant", probe.steps, {"train.warmup_steps": 0}),
-    "train.final_rate": Flip(0.5, probe.steps, {"train.warmup_steps": 0}),
-    "train.optimizer": Flip("muon", probe.steps),
-    "train.b1": Flip(0.8, probe.steps),
-    "train.b2": Flip(0.9, probe.steps),
-    "train.weight_decay": Flip(0.0, probe.steps),
-    "train.clip_norm": Flip(0.01, probe.steps),
-    "train.table_rate": Flip(0.1, probe.steps),
+    "train.accumulation": Flip(2, probe.step),
+    "train.learning_rate": Flip(2e-3, probe.step),
+    "train.warmup_steps": Flip(1, probe.step),
+    "train.schedule": Flip("constant", probe.step, {"train.warmup_steps": 0}),
+    "train.final_rate": Flip(0.5, probe.step, {"train.warmup_steps": 0}),
+    "train.optimizer": Flip("muon", probe.step),
+    "train.b1": Flip(0.8, probe.step),
+    "train.b2": Flip(0.9, probe.step),
+    "train.weight_decay": Flip(0.0, probe.step),
+    "train.clip_norm": Flip(0.01, probe.step),
+    "train.table_rate": Flip(0.1, probe.step),
     "train.negative_weight": Flip(0.5, probe.batch),
-    "train.label_smoothing": Flip(0.1, probe.steps),
+    "train.label_smoothing": Flip(0.1, probe.step),
     "train.log_every": Flip(3, probe.training, SHORT_RUN),
     "train.eval_every": Flip(2, probe.training, SHORT_RUN),
     "train.eval_batches": Flip(1, probe.training, SHORT_RUN),
@@ -142,7 +145,7 @@ FLIPS: dict[str, Flip] = {
     "train.threads": Flip(2, probe.loader),
     "train.prefetch": Flip(3, probe.loader),
     "train.tensorboard": Flip(True, probe.training, SHORT_RUN),
-    "train.init_from": Flip("other", probe.start, {**SMALL_MODEL, "train.steps": 1}),
+    "train.init_from": Flip("other", probe.start, {"train.steps": 1}),
     "evaluate.split": Flip("valid", probe.board, BOARD),
     "evaluate.ks": Flip([3], probe.board, BOARD),
     "evaluate.beam_width": Flip(9, probe.searches),
@@ -199,7 +202,7 @@ def outcome(tiny_recipe: Recipe, small_tables, tmp_path: Path, monkeypatch: pyte
     ids = SemanticIds.load(tiny_recipe.tokenizer_directory)
     small = {
         "runs": "runs", "data.min_history": 1, "data.lifelong_refresh": 8, "tokenizer.directory": None,
-        "train.threads": 1,
+        "train.threads": 1, "model.positive_length": 0, "model.lifelong_length": 0,
     }  # fmt: skip
     base = changed(tiny_recipe.model_dump(mode="json"), small)
     folders = iter(range(9))

@@ -100,4 +100,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a global batch, as one global array per field."""
     sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -114,6 +114,11 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("step", "params", "optimizer", "tables", "bias")}
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run directory holds a whole checkpoint; makes no folder, as opening `Checkpoints` does."""
+    return any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+
+
 def parse_run(reference: str, runs: str) -> tuple[Path, int | None]:
     """RUN or RUN@STEP, as a folder or a name under `runs`.
 
@@ -127,7 +132,8 @@ def parse_run(reference: str, runs: str) -> tuple[Path, int | None]:
         if (folder / "config.yaml").is_file():
             return folder, int(step) if at else None
     known = sorted(p.parent.name for p in Path(runs).glob("*/config.yaml")) if Path(runs).is_dir() else []
-    raise InputError(f"no run '{name}': neither a run folder nor one of {', '.join(known) or 'none yet'} in {runs}/")
+    place = f"one of {', '.join(known)} in {runs}/" if known else f"in {runs}/, where there is none yet"
+    raise InputError(f"no run '{name}': neither a run folder nor {place}")
 
 
 def same_bits(a: Any, b: Any) -> bool:

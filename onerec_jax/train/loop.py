@@ -22,7 +22,7 @@ from onerec_jax.model.onerec import Model, build
 from onerec_jax.parallel.mesh import check_batch, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
-from onerec_jax.train.checkpoint import Checkpoints, parse_run
+from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
 from onerec_jax.train.flops import peak_flops, request_flops
 from onerec_jax.train.metrics import MetricsLog, add, ratios
 from onerec_jax.train.optimizer import make_optimizer
@@ -53,7 +53,13 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     optimizer = make_optimizer(train)
     abstract = abstract_state(model, optimizer, mesh)
 
+    if train.eval_every and not len(dataset.examples("valid")):
+        raise InputError(
+            f"train.eval_every is {train.eval_every} but {dataset.directory} has no valid examples; "
+            "set it to 0, or move data.split.valid_from before data.split.test_from"
+        )
     run = recipe.run_directory
+    given = _other_run(abstract, recipe) if train.init_from and not has_checkpoint(run) else None
     checkpoints = Checkpoints(run, train.keep)
     pipeline = Pipeline(
         dataset, ids.codes, recipe, process_index=jax.process_index(), process_count=jax.process_count()
@@ -64,7 +70,8 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
         report(f"resumed {run} at step {int(state.step)}")
     else:
         state = create_state(model, optimizer, recipe.seed, mesh)
-        state = _start_from(state, abstract, recipe) if train.init_from else state
+        if given is not None:
+            state = dataclasses.replace(state, params=given.params, tables=given.tables, bias=given.bias)
     _write_config(run, recipe)
 
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
@@ -77,8 +84,8 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
         while at < train.steps:
             waited = time.perf_counter()
             host_batch = next(batches)
-            batch = put_batch(host_batch, mesh)
             speed.waited(time.perf_counter() - waited)
+            batch = put_batch(host_batch, mesh)
             speed.count(host_batch)
             state, metrics = step_fn(state, batch)
             if pending is not None:  # step N is read while step N+1 runs
@@ -104,13 +111,14 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     return run
 
 
-def _start_from(state: TrainState, abstract: TrainState, recipe: Recipe) -> TrainState:
-    """Fresh state with the parameters, tables and biases of another run."""
+def _other_run(abstract: TrainState, recipe: Recipe) -> TrainState:
+    """The state of the run that `train.init_from` names."""
     source, step = parse_run(recipe.train.init_from or "", recipe.runs)
     other = Checkpoints(source)
-    loaded, _ = other.restore(abstract, recipe, step)
-    other.close()
-    return dataclasses.replace(state, params=loaded.params, tables=loaded.tables, bias=loaded.bias)
+    try:
+        return other.restore(abstract, recipe, step)[0]
+    finally:
+        other.close()
 
 
 def _write_config(run: Path, recipe: Recipe) -> None:

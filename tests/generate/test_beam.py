@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_model
+from tiny import random_batch, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

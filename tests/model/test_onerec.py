@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import VOCABULARY, poison, random_batch, tiny_model
+from tiny import VOCABULARY, poison, random_batch, tiny_model
 
 from onerec_jax.config import load_recipe
 from onerec_jax.model.onerec import Model, build, count_parameters, planned_vocabulary

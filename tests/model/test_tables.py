@@ -3,7 +3,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import VOCABULARY, random_batch, tiny_model
+from tiny import VOCABULARY, random_batch, tiny_model
 
 from onerec_jax.model.tables import (
     adagrad_rows,

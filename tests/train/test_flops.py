@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import jax
 import pytest
-from conftest import VOCABULARY, random_batch, tiny_model
+from tiny import VOCABULARY, random_batch, tiny_model
 
 from onerec_jax.model.onerec import build
 from onerec_jax.train.flops import request_flops

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import tiny_values
+from tiny import tiny_values
 
 from onerec_jax.config import Recipe, make_recipe
 from onerec_jax.parallel.mesh import make_mesh
@@ -55,10 +55,11 @@ def _values(line: dict[str, float]) -> dict[str, float]:
 
 def _kill_when_past(process: subprocess.Popen, run: Path, step: int, delay_s: float) -> None:
     """SIGKILL, `delay_s` seconds after this process has logged `step`."""
-    before = len(_lines(run))
-    while not any(line["step"] >= step for line in _lines(run)[before:]):
+    path = run / "metrics.jsonl"
+    before = path.stat().st_size if path.exists() else 0
+    while not path.exists() or path.stat().st_size <= before or _lines(run)[-1]["step"] < step:
         assert process.poll() is None, f"the run ended by itself before step {step}"
-        time.sleep(0.002)
+        time.sleep(0.02)
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

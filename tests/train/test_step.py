@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import VOCABULARY, random_batch, tiny_model, tiny_values
+from tiny import VOCABULARY, random_batch, tiny_model, tiny_values
 
 from onerec_jax.config import Recipe, make_recipe
 from onerec_jax.model.onerec import build
