@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_batch, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import random_batch, tiny_model
 
 from onerec_jax.data.schema import LABELS, Vocabulary
 from onerec_jax.generate.beam import device_trie, make_beam_search, resolve_items

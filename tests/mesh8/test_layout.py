@@ -122,9 +122,9 @@ def test_a_batch_that_does_not_divide_over_the_data_axes_is_refused():
     mesh = make_mesh(MESHES["data 2 x fsdp 2 x tensor 2"])
     assert data_parallel(mesh) == 4
     check_batch(mesh, 16, 2)
-    with pytest.raises(InputError, match="train.batch_size 16 in 8 micro-batches .* use a multiple of 32"):
+    with pytest.raises(InputError, match=r"train.batch_size 16 in 8 micro-batches .* use a multiple of 32"):
         check_batch(mesh, 16, 8)
-    with pytest.raises(InputError, match="train.batch_size 6 .* use a multiple of 4"):
+    with pytest.raises(InputError, match=r"train.batch_size 6 .* use a multiple of 4"):
         check_batch(mesh, 6, 1)
 
 

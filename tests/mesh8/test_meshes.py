@@ -130,5 +130,3 @@ def test_a_fresh_run_on_a_mesh_with_an_expert_axis_has_the_losses_of_one_device(
     _, lines = trainer.train(state, batches)
     for line, expected in zip(lines, undisturbed[1], strict=True):
         assert abs(line["loss"] - expected["loss"]) < 1e-5
-
-

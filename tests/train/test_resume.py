@@ -85,7 +85,9 @@ def recipe(tiny_recipe: Recipe, tiny_folder: Path) -> Recipe:
     return made
 
 
-def test_three_kills_at_random_moments_change_no_bit_of_the_losses_or_of_the_final_state(recipe: Recipe, tmp_path: Path):
+def test_three_kills_at_random_moments_change_no_bit_of_the_losses_or_of_the_final_state(
+    recipe: Recipe, tmp_path: Path
+):
     path, log = tmp_path / "recipe.yaml", tmp_path / "log.txt"
     path.write_text(recipe.to_yaml())
     assert _start(path, "undisturbed", log).wait() == 0, log.read_text()
