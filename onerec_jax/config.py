@@ -365,7 +365,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     if path.resolve() in seen:
         raise InputError(f"{path}: 'base' goes in a circle")
     try:
-        node = OmegaConf.load(path)
+        node: Any = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(node):
@@ -420,7 +420,7 @@ def _explain(error: ValidationError, origin: str) -> InputError:
         elif item["type"] == "missing":
             lines.append(f"'{name}' is required")
         elif item["type"] == "value_error":
-            lines.append(str(item["ctx"]["error"]))
+            lines.append(str(item.get("ctx", {}).get("error")))
         else:
             lines.append(f"'{name}' is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return InputError(f"{origin}: " + "; ".join(lines))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from onerec_jax.config import load_recipe
 from onerec_jax.generate.recommender import Recommender
 from onerec_jax.parallel.mesh import make_mesh
@@ -13,7 +11,7 @@ from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import abstract_state
 
 
-def load_recommender(run: str, overrides: Sequence[str] = (), *, runs: str = "runs") -> Recommender:
+def load_recommender(run: str, overrides: list[str] | tuple[str, ...] = (), *, runs: str = "runs") -> Recommender:
     """The newest checkpoint of RUN, or that of RUN@STEP, with settings overridden (the model's may not be).
 
     Raises:

@@ -52,7 +52,8 @@ class DecoderBlock(nnx.Module):
             normed.reshape(b * t, c, d), keys.reshape(flat), values.reshape(flat), causal[None, :, :]
         )
         x = residual(x_BxTxCxD, y.reshape(x_BxTxCxD.shape), self.rate, key, 0)
-        y = self.cross_attention(self.cross_norm(x).reshape(b, t * c, d), *cross, cross_mask)
+        cross_keys, cross_values = cross
+        y = self.cross_attention(self.cross_norm(x).reshape(b, t * c, d), cross_keys, cross_values, cross_mask)
         x = residual(x, y.reshape(x.shape), self.rate, key, 1)
         y, load = self.ffn(self.ffn_norm(x), bias_E, jnp.broadcast_to(valid_BxT[:, :, None], (b, t, c)))
         return residual(x, y, self.rate, key, 2), load, (keys, values)

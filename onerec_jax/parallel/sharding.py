@@ -80,8 +80,11 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     spec = []
     for size, axis in zip(shape, axes, strict=True):
         over = LAYOUT[axis]
-        divides = over and size % math.prod(mesh.shape[a] for a in over) == 0
-        spec.append((over if len(over) > 1 else over[0]) if divides else None)
+        if not over or size % math.prod(mesh.shape[a] for a in over):
+            spec.append(None)
+        else:
+            first, *others = over
+            spec.append(over if others else first)
     return PartitionSpec(*spec)
 
 

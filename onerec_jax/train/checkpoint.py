@@ -26,10 +26,12 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int = 1):
         self.directory = (run / "checkpoints").resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
+        keep_latest: Any = ocp.training.preservation_policies.LatestN(keep)
+        every_step: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(self.directory),
+            save_decision_policy=every_step,
+            preservation_policy=keep_latest,
             cleanup_tmp_directories=True,
         )
         self._pending: Any = None

@@ -7,8 +7,7 @@ element-wise work, softmax, norms, lookups, optimizer, padding. Training = 3 x f
 from __future__ import annotations
 
 import dataclasses
-
-import jax
+from typing import Any
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import Vocabulary
@@ -91,7 +90,7 @@ def request_flops(
     return Flops(pathways, compressor, encoder, decoder, heads)
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
+def peak_flops(device: Any, dtype: str) -> float | None:
     """The device's dense matmul peak at the compute type, or None where it has no published one (CPUs)."""
     for kind, peak in PEAK_BF16.items():
         if device.device_kind.startswith(kind):

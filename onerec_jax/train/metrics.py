@@ -15,7 +15,7 @@ from jax import Array
 Metrics = dict[str, tuple[Any, Any]]
 
 
-def mean(value: Array) -> tuple[Array, Array]:
+def mean(value: Any) -> tuple[Array, Array]:
     """A metric that is already a mean, of weight one."""
     return jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32)
 

@@ -53,4 +53,5 @@ def create_state(model: Model, optimizer: optax.GradientTransformation, seed: in
     make = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=places).lower()
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     # run once, so compiling fast is worth more than fast code
-    return make.compile({"xla_backend_optimization_level": 0} if on_cpu else None)()
+    options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return make.compile(options)()

@@ -7,6 +7,7 @@ where `lax.ragged_dot` is 30-50 times slower).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def tiled_experts(
     slot, owner, rows = layout(chosen_MxA, gate_ExDxF.shape[0], tile)
     source = jnp.full((rows,), x_MxD.shape[0]).at[slot].set(jnp.arange(slot.size) // active, unique_indices=True)
     x_RxD = jnp.take(x_MxD, source, axis=0, mode="fill", fill_value=0)
-    hidden = jax.nn.silu(grouped_matmul(x_RxD, gate_ExDxF, owner, tile)) * grouped_matmul(x_RxD, up_ExDxF, owner, tile)
-    y_RxD = grouped_matmul(hidden, down_ExFxD, owner, tile)
+    gate_RxF: Any = grouped_matmul(x_RxD, gate_ExDxF, owner, tile)
+    up_RxF: Any = grouped_matmul(x_RxD, up_ExDxF, owner, tile)
+    y_RxD: Any = grouped_matmul(jax.nn.silu(gate_RxF) * up_RxF, down_ExFxD, owner, tile)
     chosen_y = y_RxD[slot].reshape(*chosen_MxA.shape, -1)
     return jnp.einsum("mad,ma->md", chosen_y, gates_MxA.astype(chosen_y.dtype))
