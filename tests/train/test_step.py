@@ -68,7 +68,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_tar
 def test_one_batch_can_be_learned_by_heart(tmp_path, optimizer: str):
     config = tiny_model()
     state, step = _stepper(_recipe(tmp_path, optimizer=optimizer, weight_decay=0.0), config)
-    batch = random_batch(config, batch=8)
+    batch = random_batch(config, batch=8, targets=2)  # one target a context, so that nothing is left to chance
     first = None
     for _ in range(150):
         state, metrics = step(state, batch)
@@ -90,21 +90,19 @@ def test_the_rate_warms_up_to_its_peak_and_ends_at_its_final_share(tmp_path):
 
 
 def _load_after_300_steps(tmp_path, balance_rate: float) -> float:
-    """Maximum over mean expert load at the end of a run whose tokens arrive far from evenly spread."""
+    """Maximum over mean expert load at the end of a run."""
     config = tiny_model(
         d_model=16, positive_length=0, lifelong_length=0,
         moe={"experts": 8, "active": 2, "hidden": 8, "tile": 8, "router": "sigmoid", "balance_rate": balance_rate},
     )  # fmt: skip
-    state, step = _stepper(_recipe(tmp_path, batch_size=32), config)
-    codes = np.random.default_rng(0).zipf(1.6, (64, 32, 3, 3)).clip(1, 16) - 1
+    state, step = _stepper(_recipe(tmp_path, batch_size=64), config)
     loads = []
     for i in range(300):
-        batch = dataclasses.replace(random_batch(config, batch=32, seed=i % 64), targets=codes[i % 64].astype(np.int32))
-        state, metrics = step(state, batch)
+        state, metrics = step(state, random_batch(config, batch=64, targets=5, seed=i % 64))
         loads.append(ratios(metrics)["experts/decoder_max_over_mean"])
     return float(np.mean(loads[-20:]))
 
 
 def test_loss_free_balancing_evens_out_the_experts_that_would_otherwise_be_overloaded(tmp_path):
-    assert _load_after_300_steps(tmp_path, 0.01) < 1.5
+    assert _load_after_300_steps(tmp_path, 0.003) < 1.5
     assert _load_after_300_steps(tmp_path, 0.0) > 2.0
