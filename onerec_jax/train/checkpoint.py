@@ -15,24 +15,30 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from onerec_jax.config import Recipe, make_recipe
 from onerec_jax.errors import InputError
+from onerec_jax.parallel.sharding import path_name
 from onerec_jax.train.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
 
-    def __init__(self, run: Path, keep: int = 1):
+    Args:
+        run: the run directory.
+        keep: how many a writer keeps, the most recent; None only reads, and leaves what another process is writing alone.
+    """
+
+    def __init__(self, run: Path, keep: int | None = None):
         self.directory = (run / "checkpoints").resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
-        keep_latest: Any = ocp.training.preservation_policies.LatestN(keep)
+        keep_latest: Any = ocp.training.preservation_policies.LatestN(keep or 1)
         every_step: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
             str(self.directory),
             save_decision_policy=every_step,
             preservation_policy=keep_latest,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep is not None,
         )
         self._pending: Any = None
 
@@ -66,14 +72,24 @@ class Checkpoints:
         """State placed as `abstract` says (any mesh), and the data position.
 
         Raises:
-            InputError: the checkpoint is of another model, or there is none.
+            InputError: the checkpoint is of another model, optimizer or dataset, or there is none.
         """
-        step = self._known(step)
-        self._check_model(step, recipe)
         wanted = _as_dict(abstract)
-        self._check_shapes(step, wanted)
+        step = self._fitting(wanted, recipe, step)
         loaded = self._checkpointer.load_checkpointables(step, {"state": wanted, "data": None})
         return TrainState(**loaded["state"]), {k: int(v) for k, v in loaded["data"].items()}
+
+    def restore_model(self, abstract: TrainState, recipe: Recipe, step: int | None = None) -> dict[str, Any]:
+        """`params`, `tables` and `bias` alone, placed as `abstract` says, whatever optimizer they were trained with.
+
+        Raises:
+            InputError: the checkpoint is of another model or dataset, or there is none.
+        """
+        wanted = {name: getattr(abstract, name) for name in ("params", "tables", "bias")}
+        step = self._fitting(wanted, recipe, step)
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            return self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
 
     def close(self) -> None:
         self.wait()
@@ -89,27 +105,40 @@ class Checkpoints:
             raise InputError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         return step
 
-    def _check_model(self, step: int, recipe: Recipe) -> None:
-        saved, mine = self.recipe(step).model.model_dump(), recipe.model.model_dump()
-        different = [
-            f"model.{k} is {mine[k]!r} but {saved[k]!r} in the checkpoint" for k in mine if mine[k] != saved[k]
-        ]
+    def _fitting(self, wanted: dict[str, Any], recipe: Recipe, step: int | None) -> int:
+        """The step to load, once it is sure that it holds what is wanted."""
+        step = self._known(step)
+        self._check_settings(step, recipe, "optimizer" in wanted)
+        self._check_leaves(step, wanted)
+        return step
+
+    def _check_settings(self, step: int, recipe: Recipe, with_optimizer: bool) -> None:
+        saved = self.recipe(step)
+        theirs = {f"model.{name}": value for name, value in saved.model.model_dump().items()}
+        mine = {f"model.{name}": value for name, value in recipe.model.model_dump().items()}
+        if with_optimizer:
+            theirs["train.optimizer"], mine["train.optimizer"] = saved.train.optimizer, recipe.train.optimizer
+        different = [f"{k} is {mine[k]!r} but {theirs[k]!r} in the checkpoint" for k in mine if mine[k] != theirs[k]]
         if different:
             raise InputError(
                 f"{self.directory}/{step} is of another model: {'; '.join(different)}; "
                 "use the recipe it was trained with, or another name"
             )
 
-    def _check_shapes(self, step: int, wanted: Any) -> None:
+    def _check_leaves(self, step: int, wanted: dict[str, Any]) -> None:
         metadata = self._checkpointer.checkpointables_metadata(step).metadata["state"]
-        saved = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(metadata)}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-            name = jax.tree_util.keystr(path)
-            if name in saved and saved[name] != tuple(leaf.shape):
-                raise InputError(
-                    f"{self.directory}/{step} does not fit this dataset: {name} is {saved[name]} there and "
-                    f"{tuple(leaf.shape)} here; use the dataset and semantic IDs it was trained on"
-                )
+        there, here = _shapes({name: metadata[name] for name in wanted}), _shapes(wanted)
+        different = [name for name in there.keys() | here.keys() if there.get(name) != here.get(name)]
+        if different:
+            name = min(different, key=lambda name: (name.startswith("optimizer/"), name))
+            raise InputError(
+                f"{self.directory}/{step} does not fit this dataset: {name} is {there.get(name, 'missing')} there and "
+                f"{here.get(name, 'missing')} here; use the dataset and semantic IDs it was trained on"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     else:
         state = create_state(model, optimizer, recipe.seed, mesh)
         if given is not None:
-            state = dataclasses.replace(state, params=given.params, tables=given.tables, bias=given.bias)
+            state = dataclasses.replace(state, **given)
     _write_config(run, recipe)
 
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
@@ -111,12 +111,12 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     return run
 
 
-def _other_run(abstract: TrainState, recipe: Recipe) -> TrainState:
-    """The state of the run that `train.init_from` names."""
+def _other_run(abstract: TrainState, recipe: Recipe) -> dict[str, Any]:
+    """Parameters, tables and biases of the run that `train.init_from` names."""
     source, step = parse_run(recipe.train.init_from or "", recipe.runs)
     other = Checkpoints(source)
     try:
-        return other.restore(abstract, recipe, step)[0]
+        return other.restore_model(abstract, recipe, step)
     finally:
         other.close()
 
