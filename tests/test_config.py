@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_jax import config
-from onerec_jax.config import CONFIGS, Recipe, Section, load_recipe, make_recipe
+from onerec_jax.config import CONFIGS, RQVAE, FiniteScalarQuantizer, Recipe, Section, load_recipe, make_recipe
 from onerec_jax.errors import InputError
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -78,7 +78,7 @@ def test_every_setting_is_described():
     for section in sections:
         assert section.__doc__
         for name, field in section.model_fields.items():
-            tag = name == "kind" and section.__name__.endswith("Source")
+            tag = name == "kind"
             assert field.description or tag or is_section(field.annotation), f"{section.__name__}.{name}"
 
 
@@ -99,6 +99,18 @@ def test_the_digest_changes_with_any_setting_and_with_nothing_else():
         ("model: {moe: {expert: 1}}\n", "unknown setting 'model.moe.expert', did you mean 'experts'?"),
         ("mesh: {pipeline: 2}\n", "unknown setting 'mesh.pipeline', known here: data, expert, fsdp, tensor"),
         ("data: {source: {kind: simulator, userz: 1}}\n", "unknown setting 'data.source.userz', did you mean 'users'?"),
+        (
+            "tokenizer: {quantizer: {kind: rq_vae, latnet: 1}}\n",
+            "unknown setting 'tokenizer.quantizer.latnet', did you mean 'latent'?",
+        ),
+        (
+            "tokenizer: {quantizer: {kind: rq_vae, rq_vae: {latent: 1}}}\n",
+            "unknown setting 'tokenizer.quantizer.rq_vae', known here: batch_size, collaborative_weight, ",
+        ),
+        (
+            "tokenizer: {quantizer: {kind: random, zzz: 1}}\n",
+            "unknown setting 'tokenizer.quantizer.zzz', known here: kind",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_a_suggestion(write, text: str, said: str):
@@ -156,6 +168,11 @@ def test_settings_that_do_not_fit_each_other_are_named_with_their_values(overrid
         ("data:\n", "'data' is None"),
         ("3: 4\n" + SIMULATED, "unknown setting '3'"),
         ("data: {source: {kind: postgres}}\n", "'data.source' is {'kind': 'postgres'}"),
+        ("data: {source: {users: 3}}\n", "'data.source.kind' is required"),
+        ("tokenizer: {quantizer: {latent: 3}}\n" + SIMULATED, "'tokenizer.quantizer.kind' is required"),
+        ("tokenizer: {quantizer: 3}\n" + SIMULATED, "'tokenizer.quantizer' is 3"),
+        ("tokenizer: 3\n" + SIMULATED, "'tokenizer' is 3"),
+        ("tokenizer: {quantizer: {kind: rq_vae, hidden: [0]}}\n" + SIMULATED, "'tokenizer.quantizer.hidden.0' is 0"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_by_name(write, text: str, said: str):
@@ -195,6 +212,39 @@ def test_another_kind_of_source_inherits_nothing_of_the_source_of_its_base(write
     assert recipe.data.source.model_dump() == {"kind": "amazon", "path": "here"} and recipe.data.targets == 2
     same_kind = load_recipe(write("base: simulated\ndata: {source: {kind: simulator, items: 8}}\n", "other"))
     assert same_kind.data.source.model_dump()["users"] == 9
+
+
+def test_another_kind_of_quantizer_inherits_nothing_of_the_quantizer_of_its_base(write):
+    write(SIMULATED + "tokenizer: {quantizer: {kind: rq_vae, latent: 9}, dimensions: 3}\n", "learned")
+    tokenizer = load_recipe(write("base: learned\ntokenizer: {quantizer: {kind: fsq, steps: 5}}\n")).tokenizer
+    assert tokenizer.quantizer == FiniteScalarQuantizer(steps=5) and tokenizer.dimensions == 3
+    for settings_of_the_same in ("{kind: rq_vae, steps: 5}", "{steps: 5}"):
+        text = f"base: learned\ntokenizer: {{quantizer: {settings_of_the_same}}}\n"
+        assert load_recipe(write(text, "other")).tokenizer.quantizer == RQVAE(latent=9, steps=5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tokenizer.quantizer.kind=fsq", "tokenizer.quantizer.steps=5"],
+        ["tokenizer.quantizer.steps=5", "tokenizer.quantizer.kind=fsq"],
+        ["tokenizer.quantizer={kind: fsq, steps: 5}"],
+        ["tokenizer={quantizer: {kind: fsq, steps: 5}}"],
+        ["tokenizer.quantizer.kind=random", "tokenizer.quantizer.kind=fsq", "tokenizer.quantizer.steps=5"],
+    ],
+)
+def test_another_kind_in_an_override_inherits_nothing_of_the_kind_in_the_file(write, overrides: list[str]):
+    path = write(SIMULATED + "tokenizer: {quantizer: {kind: rq_vae, latent: 9}, dimensions: 3}\n")
+    tokenizer = load_recipe(path, overrides).tokenizer
+    assert tokenizer.quantizer == FiniteScalarQuantizer(steps=5) and tokenizer.dimensions == 3
+
+
+def test_an_override_of_the_same_kind_keeps_the_settings_of_the_file(write):
+    path = write(SIMULATED + "tokenizer: {quantizer: {kind: rq_vae, latent: 9}}\n")
+    for override in ("tokenizer.quantizer.steps=5", "tokenizer.quantizer={kind: rq_vae, steps: 5}"):
+        assert load_recipe(path, [override]).tokenizer.quantizer == RQVAE(latent=9, steps=5)
+    source = load_recipe("quickstart", ["data.source.kind=amazon", "data.source.path=here"]).data.source
+    assert source.model_dump() == {"kind": "amazon", "path": "here"}
 
 
 @pytest.mark.parametrize("bases", [("mine",), ("second", "mine"), ("second", "third", "second")])

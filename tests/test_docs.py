@@ -40,6 +40,29 @@ def test_documented_commands_that_only_print_are_run(words: list[str]):
     assert result.exit_code == 0, result.output
 
 
+# A documented command is run as it stands, with the recipe it names made small.
+SMALL = (
+    "data.source.users=60", "data.source.items=150", "data.source.events_per_user=30", "data.source.days=6",
+    "tokenizer.codebook_sizes=[8,8,8]", "tokenizer.iterations=5", "model.d_model=32", "model.heads=2",
+    "model.moe.hidden=16", "train.steps=2", "train.batch_size=16", "train.eval_every=0", "evaluate.beam_width=10",
+    "evaluate.max_examples=16", "evaluate.batch_size=16", "evaluate.free_examples=4",
+)  # fmt: skip
+
+
+def test_the_commands_of_the_readme_lead_from_a_log_to_recommendations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    steps = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^onerec .*quickstart.*$", text, re.M)]
+    assert [words[0] for words in steps] == ["config", "data", "tokenize", "pretrain", "evaluate", "recommend"]
+    for words in steps:
+        takes_recipe = words[0] in ("config", "data", "tokenize", "pretrain")
+        result = CliRunner().invoke(app, [*words, *(SMALL if takes_recipe else ())], catch_exceptions=False)
+        assert result.exit_code == 0, (words, result.output)
+    assert "recommended next" in result.output
+
+
 def test_every_file_that_a_page_links_to_exists():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from onerec_jax.config import Recipe, make_recipe
 from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
+from onerec_jax.tokenizer.quantizer import MODULES
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 
@@ -38,6 +39,7 @@ SHORT_RUN = {
     "train.steps": 4, "train.eval_every": 3, "train.eval_batches": 2, "train.log_every": 2,
     "train.checkpoint_every": 3,
 }  # fmt: skip
+ALIGNED = {"tokenizer.alignment": {"steps": 2, "batch_size": 8, "width": 4, "pairs": ["swing"], "neighbours": 4}}
 BOARD = {"evaluate.floors": ["popularity", "markov"]}
 
 FLIPS: dict[str, Flip] = {
@@ -81,6 +83,16 @@ FLIPS: dict[str, Flip] = {
     "tokenizer.codebook_sizes": Flip([8, 8], probe.semantic_ids),
     "tokenizer.iterations": Flip(1, probe.semantic_ids),
     "tokenizer.batch_size": Flip(64, probe.assignment_batches),
+    "tokenizer.embedding_path": Flip("given.npy", probe.vectors),
+    "tokenizer.alignment.steps": Flip(1, probe.semantic_ids, {"tokenizer.alignment.batch_size": 8}),
+    "tokenizer.alignment.batch_size": Flip(9, probe.aligned, ALIGNED),
+    "tokenizer.alignment.learning_rate": Flip(2e-3, probe.aligned, ALIGNED),
+    "tokenizer.alignment.temperature": Flip(0.1, probe.aligned, ALIGNED),
+    "tokenizer.alignment.width": Flip(5, probe.aligned, ALIGNED),
+    "tokenizer.alignment.reconstruction_weight": Flip(0.0, probe.aligned, ALIGNED),
+    "tokenizer.alignment.pairs": Flip(["user"], probe.aligned, ALIGNED),
+    "tokenizer.alignment.swing_alpha": Flip(100.0, probe.aligned, ALIGNED),
+    "tokenizer.alignment.neighbours": Flip(1, probe.aligned, ALIGNED),
     "tokenizer.dedup": Flip("extra_level", probe.semantic_ids),
     "tokenizer.resolve": Flip("uniform", probe.semantic_ids),
     "model.d_model": Flip(16, probe.model),
@@ -95,6 +107,7 @@ FLIPS: dict[str, Flip] = {
     "model.lifelong_queries": Flip(3, probe.model, LIFELONG),
     "model.lifelong_layers": Flip(2, probe.model, LIFELONG),
     "model.static_dim": Flip(4, probe.model),
+    "model.event_features": Flip(["author", "tag", "age", "playtime", "duration"], probe.model),
     "model.author_dim": Flip(4, probe.model),
     "model.feature_dim": Flip(4, probe.model),
     "model.pathway_hidden": Flip(5, probe.model),
@@ -163,18 +176,21 @@ FLIPS: dict[str, Flip] = {
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Paths of all settings; those of a source come after its kind."""
+    """Paths of all settings; where a section is one of several kinds, those of each come after its kind."""
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if name == "source":
-            yield f"{prefix}source.kind"
-            for source in get_args(kind):
-                paths = fields(source, f"{prefix}source.{source.model_fields['kind'].default}.")
+        if field.discriminator:
+            yield f"{prefix}{name}.kind"
+            for choice in get_args(kind):
+                paths = fields(choice, f"{prefix}{name}.{choice.model_fields['kind'].default}.")
                 yield from (path for path in paths if not path.endswith(".kind"))
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from fields(kind, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+KINDS = ("simulator", "kuairand", "amazon", "parquet", *MODULES)
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +200,7 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         *sections, name = path.split(".")
         node = values
         for section in sections:
-            if section not in ("simulator", "kuairand", "amazon", "parquet"):
+            if section not in KINDS:
                 node = node.setdefault(section, {})
         node[name] = copy.deepcopy(value)
     return values

@@ -58,7 +58,7 @@ class Encoder(nnx.Module):
         self.lengths = {name: n for name, n in self.lengths.items() if n}
         self.item = ItemEncoder(config, vocabulary, rngs)
         self.static = StaticPathway(config, vocabulary, rngs)
-        features = d + config.author_dim + 5 * config.feature_dim
+        features = d + sum(config.feature_widths().values())
         hidden = config.pathway_hidden or 2 * d
         self.projection = nnx.Dict({name: PathwayMLP(features, hidden, d, rngs) for name in self.lengths})
         self.qformer = QFormer(config, rngs) if config.lifelong_length else None

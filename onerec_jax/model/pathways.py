@@ -35,35 +35,35 @@ def blank_padding(events: ItemFeatures) -> tuple[ItemFeatures, Array]:
 
 
 class ItemEncoder(nnx.Module):
-    """Embeds one event: item (semantic ID, id, or both), author, tag, age, play time, duration, feedback; [.., D+A+5*X]."""
+    """Embeds one event: the item (semantic ID, id, or both) and `event_features`, joined; [.., D + their widths]."""
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
         self.item_input = config.item_input
-        self.tag = Embedding(vocabulary.tags, config.feature_dim, rngs)
-        self.age = Embedding(BUCKETS, config.feature_dim, rngs)
-        self.playtime = Embedding(BUCKETS, config.feature_dim, rngs)
-        self.duration = Embedding(BUCKETS, config.feature_dim, rngs)
-        self.feedback = Embedding(max(1, len(vocabulary.labels)), config.feature_dim, rngs)
+        self.features = config.event_features
+        sizes = {
+            "tag": vocabulary.tags,
+            **dict.fromkeys(("age", "playtime", "duration"), BUCKETS),
+            "feedback": max(1, len(vocabulary.labels)),
+        }
+        for name, size in sizes.items():
+            if name in self.features:
+                setattr(self, name, Embedding(size, config.feature_dim, rngs))
 
     def __call__(self, events: ItemFeatures, rows: dict[str, Array], embed_codes, dtype: jnp.dtype) -> Array:
-        item = 0.0
+        item, labels = 0.0, events.feedback.shape[-1]
         if self.item_input in ("sid", "both"):
             item = embed_codes(events.codes, dtype)
         if self.item_input in ("id", "both"):
             item = item + jnp.take(rows["item"].astype(dtype), events.item, axis=0)
-        labels = self.feedback.embedding[...].astype(dtype)[: events.feedback.shape[-1]]
-        return jnp.concatenate(
-            [
-                item,
-                jnp.take(rows["author"].astype(dtype), events.author, axis=0),
-                self.tag(events.tag, dtype),
-                self.age(bucket(events.age_s), dtype),
-                self.playtime(bucket(events.playtime_s), dtype),
-                self.duration(bucket(events.duration_s), dtype),
-                events.feedback.astype(dtype) @ labels,
-            ],
-            axis=-1,
-        )
+        embed = {
+            "author": lambda: jnp.take(rows["author"].astype(dtype), events.author, axis=0),
+            "tag": lambda: self.tag(events.tag, dtype),
+            "age": lambda: self.age(bucket(events.age_s), dtype),
+            "playtime": lambda: self.playtime(bucket(events.playtime_s), dtype),
+            "duration": lambda: self.duration(bucket(events.duration_s), dtype),
+            "feedback": lambda: events.feedback.astype(dtype) @ self.feedback.embedding[...].astype(dtype)[:labels],
+        }
+        return jnp.concatenate([item, *(embed[name]() for name in self.features)], axis=-1)
 
 
 class QFormer(nnx.Module):

@@ -23,7 +23,9 @@ ADAGRAD_EPSILON = 1e-8
 
 def table_shapes(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, tuple[int, int]]:
     """Rows and width of each id table that this model has."""
-    shapes = {"author": (config.author_rows or vocabulary.authors, config.author_dim)}
+    shapes = {}
+    if "author" in config.event_features:
+        shapes["author"] = (config.author_rows or vocabulary.authors, config.author_dim)
     if config.item_input in ("id", "both"):
         shapes["item"] = (config.item_rows or vocabulary.items, config.d_model)
     if config.user_id:

@@ -15,6 +15,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from onerec_jax.config import TokenizerConfig
 from onerec_jax.errors import InputError
+from onerec_jax.tokenizer.embedding_files import read_embeddings
 
 if TYPE_CHECKING:
     from onerec_jax.data.store import Dataset
@@ -24,6 +25,15 @@ WINDOW = 5  # positions between two events of one user that still count as a co-
 
 
 def _given_embedding(dataset: Dataset, config: TokenizerConfig, seed: int) -> np.ndarray:
+    """Those of `config.embedding_path`, else the dataset's; float32 [I,D], or tokens [I,M,D] of a file."""
+    if config.embedding_path is not None:
+        embedding = read_embeddings(config.embedding_path, dataset.item_ids)
+        if embedding.ndim == 3 and not (config.alignment.steps and config.content == ("embedding",)):
+            raise InputError(
+                f"tokenizer.embedding_path {config.embedding_path} holds tokens of shape {list(embedding.shape)}, which "
+                "need tokenizer.alignment.steps > 0 and tokenizer.content: [embedding]; else give [items, width]"
+            )
+        return embedding
     if dataset.items.embedding is None:
         raise InputError(
             "tokenizer.content names 'embedding' but the dataset's items have none; use 'text' or 'behaviour'"
@@ -122,23 +132,36 @@ def positive_pmi(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix((value[kept], (cells.row[kept], cells.col[kept])), shape=counts.shape)
 
 
-def _behaviour(dataset: Dataset, config: TokenizerConfig, seed: int) -> np.ndarray:
+def train_co_occurrence(dataset: Dataset) -> sparse.csr_matrix:
+    """Co-occurrence counts [I,I] of the train events of a dataset.
+
+    Raises:
+        InputError: no user has two items in train.
+    """
+    counts = co_occurrence(*train_events(dataset), dataset.num_items)
+    if not counts.nnz:
+        raise InputError(
+            "the tokenizer asks for behaviour but no user has two items in train; use 'embedding' or 'text'"
+        )
+    return counts
+
+
+def behaviour_vectors(dataset: Dataset, dimensions: int, seed: int) -> np.ndarray:
     """Positive PMI of train co-occurrence, reduced by truncated SVD U S V' to (U + V) S.
 
     The sum of both sides (Levy, Goldberg & Dagan 2015, "w+c") cancels the directions of negative eigenvalues, which
     hold items that were met together apart.
     """
-    counts = co_occurrence(*train_events(dataset), dataset.num_items)
-    if not counts.nnz:
-        raise InputError(
-            "tokenizer.content names 'behaviour' but no user has two items in train; use 'embedding' or 'text'"
-        )
-    pmi = positive_pmi(counts).astype(np.float32)
-    left, values, right = randomized_svd(pmi, min(config.dimensions, dataset.num_items), random_state=seed)
+    pmi = positive_pmi(train_co_occurrence(dataset)).astype(np.float32)
+    left, values, right = randomized_svd(pmi, min(dimensions, dataset.num_items), random_state=seed)
     vectors = (left + right.T) * values
     norm = np.linalg.norm(vectors, axis=1)
     vectors[norm < 1e-5 * norm.max()] = 0  # outside the kept directions: rounding, which normalising would blow up
     return vectors
+
+
+def _behaviour(dataset: Dataset, config: TokenizerConfig, seed: int) -> np.ndarray:
+    return behaviour_vectors(dataset, config.dimensions, seed)
 
 
 _KINDS: dict[str, Callable[[Dataset, TokenizerConfig, int], np.ndarray]] = {
@@ -150,12 +173,14 @@ _KINDS: dict[str, Callable[[Dataset, TokenizerConfig, int], np.ndarray]] = {
 
 
 def _normalised(vectors: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return (vectors / np.where(norm > 0, norm, 1)).astype(np.float32)
 
 
 def content_vectors(dataset: Dataset, config: TokenizerConfig, seed: int) -> np.ndarray:
     """Item vectors float32 [I,D]: each kind in `config.content` L2-normalised (zero stays zero), then joined.
+
+    Token vectors of `config.embedding_path` come as [I,M,D], each L2-normalised.
 
     Behaviour is that of train alone; an item without train events has zeros there.
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from onerec_jax.tokenizer import rq_kmeans
-
 
 def collisions(codes: np.ndarray) -> dict[str, Any]:
     """Shares and sizes of the groups of items with equal codes int [I,C].
@@ -44,22 +42,24 @@ def reconstruction(vectors: np.ndarray, decoded: np.ndarray) -> dict[str, float]
     }
 
 
-def quality(vectors: np.ndarray, codes: np.ndarray, codebooks: tuple[np.ndarray, ...]) -> dict[str, Any]:
+def quality(
+    vectors: np.ndarray, decoded: np.ndarray, codes: np.ndarray, codebook_sizes: tuple[int, ...], levels: int
+) -> dict[str, Any]:
     """The quality report of semantic IDs, as plain values.
 
     Args:
         vectors: float32 [I,D], what was quantized.
-        codes: int32 [I,C]; the first L columns are the quantizer's, a further one tells items of one ID apart.
-        codebooks: L codebooks float32 [K_l,D].
+        decoded: float32 [I,D], what the codes give back of it.
+        codes: int32 [I,C]; the first `levels` columns are the quantizer's, a further one tells items of one ID apart.
+        codebook_sizes: C sizes.
+        levels: L.
     """
-    quantized = codes[:, : len(codebooks)]
-    sizes = [len(book) for book in codebooks] + [int(column.max()) + 1 for column in codes.T[len(codebooks) :]]
     return {
         "items": len(codes),
-        **reconstruction(vectors, rq_kmeans.decode(quantized, codebooks)),
-        "levels": [level_usage(column, size) for column, size in zip(codes.T, sizes, strict=True)],
+        **reconstruction(vectors, decoded),
+        "levels": [level_usage(column, size) for column, size in zip(codes.T, codebook_sizes, strict=True)],
         **collisions(codes),
-        "quantized_collision_rate": collisions(quantized)["collision_rate"],
+        "quantized_collision_rate": collisions(codes[:, :levels])["collision_rate"],
     }
 
 

@@ -13,14 +13,17 @@ import numpy as np
 
 from onerec_jax.config import TokenizerConfig
 from onerec_jax.errors import InputError
-from onerec_jax.tokenizer import quality, rq_kmeans
-from onerec_jax.tokenizer.content import content_vectors
+from onerec_jax.tokenizer import alignment, quality
+from onerec_jax.tokenizer.collisions import extra_level, reassign
+from onerec_jax.tokenizer.content import behaviour_vectors, content_vectors, train_co_occurrence
+from onerec_jax.tokenizer.pairs import mine_pairs
+from onerec_jax.tokenizer.quantizer import Arrays, Items, quantizer
 from onerec_jax.tokenizer.trie import Trie
 
 if TYPE_CHECKING:
     from onerec_jax.data.store import Dataset
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BATCH = 65_536
 
 
@@ -30,7 +33,9 @@ class SemanticIds:
 
     Attributes:
         codes: int32 [I,C], by item row.
-        codebooks: L codebooks float32 [K_l,D]; C is L, or L + 1 with `dedup: extra_level`.
+        kind: the construction, as in `tokenizer.quantizer.kind`.
+        arrays: what the construction's `encode` and `decode` read.
+        levels: L, the construction's levels; C is L, or L + 1 with `dedup: extra_level`.
         codebook_sizes: C sizes; that of the extra level is the largest number of items of one quantized ID.
         trie: the IDs that exist, with each one's items in resolve order.
         quality: the report of `quality.quality`.
@@ -38,19 +43,27 @@ class SemanticIds:
     """
 
     codes: np.ndarray
-    codebooks: tuple[np.ndarray, ...]
+    kind: str
+    arrays: Arrays
+    levels: int
     codebook_sizes: tuple[int, ...]
     trie: Trie
     quality: dict[str, Any]
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Quantizer codes int32 [N,L] of content vectors float32 [N,D]; the extra level numbers known items only."""
-        return rq_kmeans.encode(vectors, self.codebooks, _BATCH)
+        """Quantizer codes int32 [N,L] of content float32 [N,D] (tokens [N,M,D] where the IDs were fitted on tokens).
+
+        The extra level numbers known items only, and a re-assigned last code (`dedup`) is not what its content encodes to.
+        """
+        return quantizer(self.kind).encode(self.arrays, alignment.project(self.arrays, vectors), _BATCH)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Content vectors float32 [N,D] of codes int [N,C] or of prefixes; the extra level carries no content."""
-        return rq_kmeans.decode(codes[:, : len(self.codebooks)], self.codebooks)
+        """Content vectors float32 [N,D] of codes int [N,C] or of prefixes; the extra level carries no content.
+
+        Where alignment is on they are the aligned ones.
+        """
+        return quantizer(self.kind).decode(self.arrays, codes[:, : self.levels])
 
     def items_of(self, code: np.ndarray | tuple[int, ...]) -> np.ndarray:
         """Item rows int32 of one semantic ID [C], in resolve order; empty where no item has it.
@@ -78,7 +91,14 @@ class SemanticIds:
             partial.mkdir(parents=True)
             for name, array in _arrays(self).items():
                 np.save(partial / f"{name}.npy", array, allow_pickle=False)
-            card = {"format_version": FORMAT_VERSION, "codebook_sizes": self.codebook_sizes, **self.origin}
+            card = {
+                "format_version": FORMAT_VERSION,
+                "codebook_sizes": self.codebook_sizes,
+                "kind": self.kind,
+                "levels": self.levels,
+                "arrays": sorted(self.arrays),
+                **self.origin,
+            }
             (partial / "card.json").write_text(json.dumps({**card, "quality": self.quality}, indent=2) + "\n")
             _replace(partial, directory)
         except OSError as error:
@@ -117,7 +137,7 @@ def _name(error: FileNotFoundError) -> str:
 
 def _arrays(ids: SemanticIds) -> dict[str, np.ndarray]:
     arrays = {"codes": ids.codes, "item_start": ids.trie.item_start, "items": ids.trie.items}
-    arrays |= {f"codebook_{level}": book for level, book in enumerate(ids.codebooks)}
+    arrays |= {f"quantizer_{name}": array for name, array in ids.arrays.items()}
     for level in range(ids.trie.levels):
         arrays |= {f"child_start_{level}": ids.trie.child_start[level], f"token_{level}": ids.trie.token[level]}
     return arrays
@@ -152,19 +172,19 @@ def _read(directory: Path, card: dict[str, Any]) -> SemanticIds:
 
     sizes = tuple(int(size) for size in card["codebook_sizes"])
     codes = array("codes")
-    books = tuple(array(f"codebook_{level}") for level in range(len(card["tokenizer"]["codebook_sizes"])))
+    arrays = {str(name): array(f"quantizer_{name}") for name in card["arrays"]}
     trie = Trie(
         tuple(array(f"child_start_{level}") for level in range(len(sizes))),
         tuple(array(f"token_{level}") for level in range(len(sizes))),
         array("item_start"),
         array("items"),
     )
-    if codes.shape != (len(trie.items), len(sizes)) or tuple(map(len, books)) != sizes[: len(books)]:
+    if codes.shape != (len(trie.items), len(sizes)) or not 0 < int(card["levels"]) <= len(sizes):
         raise ValueError("codes.npy does not fit the trie or the codebook sizes")
     if len(codes) and not ((codes >= 0).all() and (codes < sizes).all()):
         raise ValueError("codes.npy has codes outside their codebooks")
     origin = {key: card[key] for key in ("tokenizer", "seed", "dataset")}
-    return SemanticIds(codes, books, sizes, trie, card["quality"], origin)
+    return SemanticIds(codes, card["kind"], arrays, int(card["levels"]), sizes, trie, card["quality"], origin)
 
 
 def resolve_priority(dataset: Dataset, resolve: str, seed: int) -> np.ndarray:
@@ -179,33 +199,46 @@ def resolve_priority(dataset: Dataset, resolve: str, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(dataset.num_items)
 
 
-def extra_level(codes: np.ndarray, priority: np.ndarray) -> np.ndarray:
-    """The number int32 [I] of each item among those with its codes int32 [I,L]: 0, 1, 2, … in resolve order."""
-    trie = Trie.build(codes, priority)
-    position = np.arange(len(codes)) - np.repeat(trie.item_start[:-1], np.diff(trie.item_start))
-    level = np.empty(len(codes), np.int32)
-    level[trie.items] = position
-    return level
+def fit_semantic_ids(
+    dataset: Dataset, config: TokenizerConfig, seed: int, content: np.ndarray | None = None
+) -> SemanticIds:
+    """Semantic IDs of all items of a dataset: content vectors, quantizer, optional extra level, trie, report.
 
-
-def fit_semantic_ids(dataset: Dataset, config: TokenizerConfig, seed: int) -> SemanticIds:
-    """Semantic IDs of all items of a dataset: content vectors, residual k-means, optional extra level, trie, report.
+    `content` is what `content_vectors` gives for these arguments, if it is there already.
 
     Raises:
         InputError: the dataset lacks the content the config names, or a content vector is not finite.
     """
-    vectors = content_vectors(dataset, config, seed)
-    codebooks = rq_kmeans.fit(vectors, config.codebook_sizes, config.iterations, seed, config.batch_size)
-    codes = rq_kmeans.encode(vectors, codebooks, config.batch_size)
-    sizes = config.codebook_sizes
+    content, projection = content_vectors(dataset, config, seed) if content is None else content, {}
+    if config.alignment.steps:
+        projection = alignment.fit(content, mine_pairs(dataset, config.alignment), config.alignment, seed).arrays
+    vectors = alignment.project(projection, content)
+    items = Items(
+        vectors,
+        config.codebook_sizes,
+        seed,
+        config.iterations,
+        config.batch_size,
+        co_occurrence=lambda: train_co_occurrence(dataset),
+        behaviour=lambda: behaviour_vectors(dataset, config.dimensions, seed),
+    )
+    kind = config.quantizer.kind
+    fitted = quantizer(kind).fit(items, config.quantizer)
+    codes, sizes = fitted.codes, config.codebook_sizes
     priority = resolve_priority(dataset, config.resolve, seed)
     if config.dedup == "extra_level":
         codes = np.column_stack([codes, extra_level(codes, priority)])
         sizes = (*sizes, int(codes[:, -1].max()) + 1)
+    elif config.dedup != "none":
+        codes = reassign(config.dedup, kind, fitted.arrays, vectors, codes, sizes[-1], priority)
     origin = {
         "tokenizer": config.model_dump(mode="json", exclude={"directory"}),
         "seed": seed,
         "dataset": dataset.card.get("content_hash"),
     }
-    report = quality.quality(vectors, codes, codebooks)
-    return SemanticIds(codes, codebooks, sizes, Trie.build(codes, priority), report, origin)
+    levels = fitted.codes.shape[1]
+    decoded = quantizer(kind).decode(fitted.arrays, codes[:, :levels])
+    report = quality.quality(vectors, decoded, codes, sizes, levels)
+    report["quantized_collision_rate"] = quality.collisions(fitted.codes)["collision_rate"]
+    trie = Trie.build(codes, priority)
+    return SemanticIds(codes, kind, fitted.arrays | projection, levels, sizes, trie, report, origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -23,21 +24,19 @@ class Trie:
     @classmethod
     def build(cls, codes: np.ndarray, priority: np.ndarray) -> Trie:
         """The trie of codes int [I,C]; items of one ID by descending priority float [I], then by row."""
-        count, levels = codes.shape
-        order = np.lexsort((-priority, *codes.T[::-1]))
-        ordered = codes[order]
+        order, columns = _in_order(codes, priority)
+        count = len(order)
         opens = np.zeros(count, bool)  # the row is the first of its prefix
         opens[:1] = True
-        firsts = [np.zeros(1, np.int64)]
+        firsts = [np.zeros(1, np.int32)]
         child_start, token = [], []
-        for level in range(levels):
-            opens[1:] |= ordered[1:, level] != ordered[:-1, level]
-            first = np.flatnonzero(opens)
+        for column in columns:
+            opens[1:] |= column[1:] != column[:-1]
+            first = np.flatnonzero(opens).astype(np.int32)
             child_start.append(np.append(np.searchsorted(first, firsts[-1]), len(first)).astype(np.int32))
-            token.append(ordered[first, level].astype(np.int32))
+            token.append(column[first])
             firsts.append(first)
-        item_start = np.append(firsts[-1], count).astype(np.int32)
-        return cls(tuple(child_start), tuple(token), item_start, order.astype(np.int32))
+        return cls(tuple(child_start), tuple(token), np.append(firsts[-1], count).astype(np.int32), order)
 
     @property
     def levels(self) -> int:
@@ -72,3 +71,36 @@ class Trie:
     def leaf_items(self, leaf: int) -> np.ndarray:
         """Item rows int32 of one leaf, in the order in which they are served."""
         return self.items[self.item_start[leaf] : self.item_start[leaf + 1]]
+
+    def children(self, depth: int, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First and one past the last child, int32 [N] each, of nodes int [N] at a depth: one gather of `child_start`."""
+        bounds = self.child_start[depth][np.asarray(node)[:, None] + np.arange(2)]
+        return bounds[:, 0], bounds[:, 1]
+
+
+def _in_order(codes: np.ndarray, priority: np.ndarray) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Item rows int32 [I] in the order of the leaves, and the columns of codes int32 [I] in that order, one at a time.
+
+    Where an ID and an item's place in priority order fit into 63 bits together, which holds for 10^7 items of 3 x 8192,
+    numbers that hold both are sorted in place; that takes a third of the time and memory of sorting by columns.
+    """
+    count, levels = codes.shape
+    served = np.argsort(-np.asarray(priority), kind="stable").astype(np.int32)
+    bits = [int(column.max(initial=0)).bit_length() for column in codes.T]
+    place = max(1, count - 1).bit_length()
+    if sum(bits) + place > 63:
+        order = served[np.lexsort(codes[served].T[::-1])]
+        return order, (codes[order, level].astype(np.int32) for level in range(levels))
+    rank = np.empty(count, np.int32)
+    rank[served] = np.arange(count, dtype=np.int32)
+    key = np.zeros(count, np.int64)
+    for column, width in zip((*codes.T, rank), (*bits, place), strict=True):
+        key <<= width
+        key |= column
+    del rank
+    key.sort()
+    order = served[key & ((1 << place) - 1)]
+    shifts = place + np.cumsum(bits[::-1])[::-1] - bits
+    return order, (
+        ((key >> shift) & ((1 << width) - 1)).astype(np.int32) for shift, width in zip(shifts, bits, strict=True)
+    )

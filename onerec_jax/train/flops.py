@@ -68,8 +68,9 @@ def request_flops(
     """Forward FLOPs of one request with this many real (or padded, to count what the hardware does) events and targets."""
     d, levels = config.d_model, vocabulary.levels
     hidden = config.pathway_hidden or 2 * d
-    features = d + config.author_dim + 5 * config.feature_dim
-    per_event = 2 * (features * hidden + hidden * d) + 2 * len(vocabulary.labels) * config.feature_dim
+    widths = config.feature_widths()
+    per_event = 2 * ((d + sum(widths.values())) * hidden + hidden * d)
+    per_event += 2 * len(vocabulary.labels) * widths.get("feedback", 0)
     static = config.static_dim * (int(config.user_id) + len(vocabulary.user_features))
     pathways = 2 * (max(1, static) * hidden + hidden * d) + per_event * (short + positive)
     queries, compressor = 0.0, 0.0

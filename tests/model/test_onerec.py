@@ -152,3 +152,22 @@ def test_bfloat16_compute_stays_close_to_float32_and_keeps_float32_parameters():
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradient))
         losses.append(float(value))
     assert abs(losses[0] - losses[1]) < 0.02 * losses[0]
+
+
+def test_of_an_event_the_model_reads_the_item_and_the_chosen_features_only():
+    chosen = ("tag", "duration", "feedback")
+    model = build(tiny_model(item_input="sid", event_features=chosen), VOCABULARY)
+    assert model.tables.keys() == {"user"}
+    parts, batch = _parts(model), random_batch(model.config)
+
+    @jax.jit
+    def first_logits(batch):
+        return model.bind(parts[0])(model.localise(batch, touched_only=False)[0], *parts[1:], None)[0][0]
+
+    unchanged = np.asarray(first_logits(batch))
+    columns = {"author": "author", "age": "age_s", "playtime": "playtime_s", "tag": "tag", "duration": "duration_s"}
+    for feature, column in (columns | {"feedback": "feedback"}).items():
+        values = getattr(batch.short, column)
+        other = {column: 1 - values if feature == "feedback" else values[:, ::-1].copy()}
+        logits = np.asarray(first_logits(dataclasses.replace(batch, short=dataclasses.replace(batch.short, **other))))
+        assert np.array_equal(logits, unchanged) == (feature not in chosen), feature

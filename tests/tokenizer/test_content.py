@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_vectors(make_dataset, kind):
         ("embedding", "names 'embedding' but the dataset's items have none"),
         ("text", "names 'text' but no item has a text"),
         ("sentence", "names 'sentence' but no item has a text"),
-        ("behaviour", "names 'behaviour' but no user has two items in train"),
+        ("behaviour", "asks for behaviour but no user has two items in train"),
     ],
 )
 def test_absent_content_is_refused_by_name(make_dataset, kind, message):

@@ -84,7 +84,7 @@ def test_encode_and_decode_agree_with_the_quantizer(dataset):
     ids = fit_semantic_ids(dataset, config(dedup="extra_level"), seed=0)
     vectors = dataset.items.embedding / np.linalg.norm(dataset.items.embedding, axis=1, keepdims=True)
     np.testing.assert_array_equal(ids.encode(vectors), ids.codes[:, :2])
-    np.testing.assert_array_equal(ids.decode(ids.codes), rq_kmeans.decode(ids.codes[:, :2], ids.codebooks))
+    np.testing.assert_array_equal(ids.decode(ids.codes), rq_kmeans.decode(ids.arrays, ids.codes[:, :2]))
 
 
 def test_same_seed_same_ids(dataset):
@@ -98,8 +98,9 @@ def test_save_and_load_give_the_same_object_back(dataset, tmp_path, dedup):
     ids.save(tmp_path / "deep" / "ids")
     loaded = SemanticIds.load(tmp_path / "deep" / "ids", dataset)
     np.testing.assert_array_equal(loaded.codes, ids.codes)
-    for book, same in zip(loaded.codebooks, ids.codebooks, strict=True):
-        np.testing.assert_array_equal(book, same)
+    assert loaded.arrays.keys() == ids.arrays.keys() and (loaded.kind, loaded.levels) == (ids.kind, ids.levels)
+    for name, array in loaded.arrays.items():
+        np.testing.assert_array_equal(array, ids.arrays[name])
     assert loaded.codebook_sizes == ids.codebook_sizes and loaded.trie.branching == ids.trie.branching
     assert loaded.quality == ids.quality and loaded.origin == ids.origin and same_ids(loaded, ids)
     assert {file.suffix for file in (tmp_path / "deep" / "ids").iterdir()} == {".npy", ".json"}
@@ -124,7 +125,7 @@ def test_a_full_disk_leaves_the_former_ids_whole_and_nothing_else(dataset, tmp_p
     before.save(tmp_path / "ids")
 
     def full(path, array, **options):
-        if path.name.startswith("codebook"):
+        if path.name.startswith("quantizer"):
             raise OSError(28, "No space left on device")
         path.write_bytes(b"x")
 
