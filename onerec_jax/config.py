@@ -147,6 +147,9 @@ class ResidualKMeans(Section):
     balanced_levels: tuple[PositiveInt, ...] = setting(
         (), "levels, counted from 1, whose clusters are made of equal size (OneRec v1); all of them hurts"
     )
+    assignment: Literal["float32", "bfloat16"] = setting(
+        "float32", "precision of the distances; with bfloat16 the best few codes are compared again in float32"
+    )
 
 
 class RQVAE(Section):

@@ -93,6 +93,12 @@ FLIPS: dict[str, Flip] = {
     "tokenizer.alignment.pairs": Flip(["user"], probe.aligned, ALIGNED),
     "tokenizer.alignment.swing_alpha": Flip(100.0, probe.aligned, ALIGNED),
     "tokenizer.alignment.neighbours": Flip(1, probe.aligned, ALIGNED),
+    "tokenizer.quantizer.kind": Flip("sequential", probe.semantic_ids, {"tokenizer.quantizer": {"kind": "random"}}),
+    "tokenizer.quantizer.residual_kmeans.balanced_levels": Flip([2], probe.semantic_ids),
+    "tokenizer.quantizer.product.rotate": Flip(False, probe.semantic_ids, {"tokenizer.quantizer": {"kind": "product"}}),
+    "tokenizer.quantizer.hierarchical.of": Flip(
+        "co_occurrence", probe.semantic_ids, {"tokenizer.quantizer": {"kind": "hierarchical"}}
+    ),
     "tokenizer.dedup": Flip("extra_level", probe.semantic_ids),
     "tokenizer.resolve": Flip("uniform", probe.semantic_ids),
     "model.d_model": Flip(16, probe.model),

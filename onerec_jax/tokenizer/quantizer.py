@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -53,6 +54,7 @@ class Items:
         batch_size: rows assigned at once; bounds memory, not the result.
         co_occurrence: counts of train co-occurrence [I,I], made when first asked for.
         behaviour: behaviour vectors float32 [I,d], made when first asked for.
+        progress: folder of what is finished, for a construction that can go on after a kill.
     """
 
     vectors: np.ndarray
@@ -62,6 +64,7 @@ class Items:
     batch_size: int = 65_536
     co_occurrence: Callable[[], sparse.csr_matrix] | None = None
     behaviour: Callable[[], np.ndarray] | None = None
+    progress: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,8 @@ def with_codebooks(books: tuple[np.ndarray, ...] | list[np.ndarray]) -> Arrays:
     return {f"codebook_{level}": book for level, book in enumerate(books)}
 
 
-def checked(vectors: np.ndarray) -> np.ndarray:
-    """Content vectors as contiguous float32 [N,D].
+def checked(vectors: np.ndarray, first_row: int = 0) -> np.ndarray:
+    """Content vectors as contiguous float32 [N,D]; `first_row` is the number of the first one, for the error.
 
     Raises:
         InputError: another shape, none at all, or a value that is NaN, infinite or beyond 1e15; names the first such row.
@@ -109,7 +112,7 @@ def checked(vectors: np.ndarray) -> np.ndarray:
     vectors = np.ascontiguousarray(vectors, np.float32)
     good = (np.abs(vectors) < _LARGEST).all(1)
     if not good.all():
-        row = int(np.flatnonzero(~good)[0])
+        row = first_row + int(np.flatnonzero(~good)[0])
         raise InputError(
             f"the content vector of item row {row} has a value that is NaN, infinite or beyond {_LARGEST:g} "
             f"({int((~good).sum())} such rows); every value must be finite"

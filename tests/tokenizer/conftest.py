@@ -6,6 +6,13 @@ import numpy as np
 import pytest
 
 
+def history(items):
+    """Events a second apart, all positive."""
+    return SimpleNamespace(
+        item=items, positive=np.ones(len(items), bool), timestamp_ms=1000 * np.arange(len(items), dtype=np.int64)
+    )
+
+
 @pytest.fixture
 def make_dataset():
     def make(num_items, histories=(), train_stops=None, embedding=None, text=None, train_count=None, upload_ms=None):
@@ -23,7 +30,8 @@ def make_dataset():
             num_items=num_items,
             num_users=len(histories),
             train_stops=np.asarray(train_stops, np.int64),
-            histories=lambda users: [SimpleNamespace(item=histories[user]) for user in users],
+            histories=lambda users: [history(histories[user]) for user in users],
+            item_ids=np.arange(num_items),
             card={"content_hash": "abc123"},
         )
 

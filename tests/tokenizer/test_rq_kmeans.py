@@ -1,8 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onerec_jax.config import ResidualKMeans
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer import rq_kmeans
 from onerec_jax.tokenizer.quantizer import Items, codebooks, with_codebooks
@@ -115,3 +118,62 @@ def test_zero_vectors_and_duplicates_are_ordinary_input():
     fitted = fit(vectors, (8, 8), 4, batch_size=8)
     assert len(np.unique(fitted.codes, axis=0)) == 3
     np.testing.assert_allclose(rq_kmeans.decode(fitted.arrays, fitted.codes), vectors, atol=1e-6)
+
+
+class Store:
+    """Rows that can only be read in slices or by index, as from a disk; remembers the largest read."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.largest = rows, rows.shape, 0
+
+    def __getitem__(self, index):
+        assert not isinstance(index, slice) or index.stop <= len(self.rows), "a TensorStore refuses to be cut short"
+        part = self.rows[index]
+        self.largest = max(self.largest, len(part))
+        return part
+
+
+def test_rows_of_a_store_give_the_codes_of_the_same_rows_in_memory(vectors, fitted):
+    store = Store(vectors)
+    streamed = rq_kmeans.fit(Items(store, (8, 8, 8), seed=0, iterations=8, batch_size=128))
+    np.testing.assert_array_equal(streamed.codes, fitted.codes)
+    np.testing.assert_array_equal(rq_kmeans.encode(streamed.arrays, store, 128), fitted.codes)
+
+
+def test_a_store_is_read_in_batches(vectors):
+    store = Store(np.tile(vectors, (60, 1)))  # more rows than the start samples
+    rq_kmeans.fit(Items(store, (4,), seed=0, iterations=1, batch_size=1024))
+    assert store.largest <= 16_384 < len(store.rows)
+
+
+def test_a_fit_that_was_killed_goes_on_after_its_last_finished_level(vectors, fitted, tmp_path, monkeypatch):
+    made = []
+    one_level = rq_kmeans._one_level
+
+    def killed_at_level(number):
+        def run(rows, size, level, *rest):
+            if level == number:
+                raise KeyboardInterrupt
+            made.append(level)
+            return one_level(rows, size, level, *rest)
+
+        return run
+
+    items = Items(vectors, (8, 8, 8), seed=0, iterations=8, batch_size=128, progress=tmp_path / "levels")
+    monkeypatch.setattr(rq_kmeans, "_one_level", killed_at_level(2))
+    with pytest.raises(KeyboardInterrupt):
+        rq_kmeans.fit(items)
+    monkeypatch.setattr(rq_kmeans, "_one_level", killed_at_level(None))
+    again = rq_kmeans.fit(items)
+    assert made == [0, 1, 2]
+    np.testing.assert_array_equal(again.codes, fitted.codes)
+    rq_kmeans.fit(dataclasses.replace(items, seed=1))
+    assert made == [0, 1, 2, 0, 1, 2]
+
+
+def test_bfloat16_scores_refined_in_float32_find_the_same_codes(vectors):
+    settings = ResidualKMeans(assignment="bfloat16")
+    wide = np.random.default_rng(3).normal(size=(3000, 24)).astype(np.float32)
+    items = Items(wide, (256, 256), seed=0, iterations=2, batch_size=1024)
+    low = rq_kmeans.fit(items, settings)
+    assert (rq_kmeans.encode(low.arrays, wide, 1024) == low.codes).all(1).mean() > 0.999
