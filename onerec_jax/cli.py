@@ -67,15 +67,21 @@ def data(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def tokenize(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Fit the tokenizer on a dataset's items and print its quality."""
+    """Fit the tokenizer on a dataset's items, print its quality and write its report."""
     from onerec_jax.data.store import Dataset
+    from onerec_jax.tokenizer.content import content_vectors
     from onerec_jax.tokenizer.quality import table
+    from onerec_jax.tokenizer.report import write_report
     from onerec_jax.tokenizer.semantic_ids import fit_semantic_ids
 
     loaded = load_recipe(recipe, overrides or [])
-    ids = fit_semantic_ids(Dataset(loaded.dataset_directory), loaded.tokenizer, loaded.seed)
+    dataset, report = Dataset(loaded.dataset_directory), loaded.tokenizer_directory / "report.html"
+    content = content_vectors(dataset, loaded.tokenizer, loaded.seed)
+    ids = fit_semantic_ids(dataset, loaded.tokenizer, loaded.seed, content)
     ids.save(loaded.tokenizer_directory)
     say(table(ids.quality))
+    write_report(ids, dataset, content, report)
+    say(f"report: {report}")
 
 
 @app.command()

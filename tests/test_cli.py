@@ -135,6 +135,15 @@ def test_data_and_pretrain_say_what_they_made(onerec, parquet_recipe, trained: s
     assert answer.out.splitlines()[-1] == "run: runs/tiny"
 
 
+def test_tokenize_prints_the_quality_and_writes_a_report_beside_the_ids(onerec, recipe_file):
+    recipe = recipe_file()
+    for _ in range(2):  # the second run replaces the first one's folder
+        answer = onerec("tokenize", recipe, "tokenizer.directory=ids")
+        assert (answer.code, answer.out.splitlines()[-1]) == (0, "report: ids/report.html"), answer.err
+        assert "Semantic IDs of 150 items" in answer.out
+    assert Path("ids/report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize(
     "words", [["nonsense"], ["config"], ["recommend", "runs/tiny"], ["config", "quickstart", "--no"]]
 )

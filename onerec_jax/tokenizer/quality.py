@@ -74,7 +74,7 @@ def table(quality: dict[str, Any]) -> Table:
     out.add_row("distinct IDs", f"{quality['distinct_ids']:,}")
     out.add_row("items that share their ID", f"{quality['collision_rate']:.2%}")
     if quality["quantized_collision_rate"] != quality["collision_rate"]:
-        out.add_row("  before the extra level", f"{quality['quantized_collision_rate']:.2%}")
+        out.add_row("  before items were told apart", f"{quality['quantized_collision_rate']:.2%}")
     mean, largest = quality["items_per_id_mean"], quality["items_per_id_largest"]
     out.add_row("items per ID, mean and largest", f"{mean:.3f}, {largest:,}")
     return out
