@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onerec_jax.config import load_recipe
 from onerec_jax.errors import InputError
+from onerec_jax.recipe import load_recipe
 
 app = typer.Typer(
     help="OneRec-style generative recommenders in JAX.", no_args_is_help=True, pretty_exceptions_enable=False,

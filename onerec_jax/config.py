@@ -1,29 +1,19 @@
 """Every setting of every stage: typed, documented and checked in one place.
 
-A recipe is a YAML file in `configs/` (or any path). `base: NAME` inherits from another recipe, `key.path=value` overrides
-win over both. Unknown keys are refused with a suggestion, and all problems of a recipe are reported at once.
+`recipe.py` reads these from YAML.
 """
 
 from __future__ import annotations
 
 import datetime
-import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from yaml import YAMLError
-
-from onerec_jax.errors import InputError
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -156,18 +146,18 @@ class RQVAE(Section):
     """A residual-quantized autoencoder (TIGER), with LETTER's regularisers as options."""
 
     kind: Literal["rq_vae"] = "rq_vae"
-    hidden: tuple[PositiveInt, ...] = setting((512, 256, 128), "widths of the encoder's hidden layers, mirrored after")
-    latent: int = setting(32, "width of the latent and of the codes", ge=1)
+    hidden: tuple[PositiveInt, ...] = setting((512,), "widths of the encoder's hidden layers, mirrored after")
+    latent: int = setting(64, "width of the latent and of the codes", ge=1)
     steps: int = setting(3000, "optimizer steps", ge=1)
-    batch_size: int = setting(1024, "items per step", ge=1)
-    learning_rate: float = setting(1e-3, "rate of AdamW", gt=0)
+    batch_size: int = setting(256, "items per step", ge=1)
+    learning_rate: float = setting(4e-3, "rate of AdamW, falls to 0 along a cosine", gt=0)
     commitment: float = setting(0.25, "beta, weight of the commitment loss", ge=0)
     estimator: Literal["straight_through", "rotation"] = setting(
         "straight_through", "gradient through the quantizer: copied, or rotated with the code (rotation trick)"
     )
     dead_after: int = setting(100, "steps without a member after which a code is re-seeded, 0 = never", ge=0)
-    collaborative_weight: float = setting(0.0, "LETTER's alpha: InfoNCE between decoded and behaviour vectors", ge=0)
-    diversity_weight: float = setting(0.0, "LETTER's beta: spreads the codes of each cluster of codes", ge=0)
+    collaborative_weight: float = setting(0.0, "LETTER's alpha: InfoNCE between latents' codes and behaviour", ge=0)
+    diversity_weight: float = setting(0.0, "LETTER's beta: codes of a group near each other, far from others", ge=0)
 
 
 class ProductQuantizer(Section):
@@ -183,8 +173,8 @@ class FiniteScalarQuantizer(Section):
     kind: Literal["fsq"] = "fsq"
     hidden: tuple[PositiveInt, ...] = setting((512, 256), "widths of the encoder's hidden layers, mirrored after")
     steps: int = setting(3000, "optimizer steps", ge=1)
-    batch_size: int = setting(1024, "items per step", ge=1)
-    learning_rate: float = setting(1e-3, "rate of AdamW", gt=0)
+    batch_size: int = setting(256, "items per step", ge=1)
+    learning_rate: float = setting(3e-3, "rate of AdamW, falls to 0 along a cosine", gt=0)
 
 
 class Hierarchical(Section):
@@ -456,138 +446,3 @@ class Recipe(Section):
     def digest(self) -> str:
         """Twelve hex digits that change with any setting."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
-
-
-# --------------------------------------------------------------------------------------------------------------- loading
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe given by name (in `configs/`) or by path."""
-    for candidate in (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / name):
-        if candidate.is_file():
-            return candidate
-    known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.glob("*.yaml"))
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else f"; known recipes: {', '.join(known)}"
-    raise InputError(f"no recipe '{name}': neither a file nor in {CONFIGS}{hint}")
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
-    if path.resolve() in seen:
-        raise InputError(f"{path}: 'base' goes in a circle")
-    try:
-        node: Any = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(node):
-        raise InputError(f"{path}: a recipe is a mapping of settings")
-    base = node.pop("base", None)
-    if base is None:
-        return node
-    sibling = path.parent / f"{base}.yaml"
-    parent = _read(sibling if sibling.is_file() else recipe_path(str(base)), (*seen, path.resolve()))
-    _drop_other_kinds(parent, node)
-    return OmegaConf.merge(parent, node)
-
-
-def _kinds(field: FieldInfo | None) -> dict[str, type[Section]]:
-    """The sections that a field with a `kind` chooses from, by kind; empty for any other field."""
-    if field is None or field.discriminator != "kind":
-        return {}
-    return {section.model_fields["kind"].default: section for section in get_args(field.annotation)}
-
-
-def _choices(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of all fields with a `kind`."""
-    for name, field in section.model_fields.items():
-        if _kinds(field):
-            yield (*path, name)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _choices(field.annotation, (*path, name))
-
-
-def _drop_other_kinds(base: Any, node: Any) -> None:
-    """Takes from `base` each section of which `node` names another kind: that one inherits nothing."""
-
-    def inner(tree: Any, path: tuple[str, ...]) -> Any:
-        for name in path:
-            known = OmegaConf.is_dict(tree) and not OmegaConf.is_interpolation(tree, name)
-            tree = tree.get(name) if known else None
-        return tree
-
-    for path in _choices(Recipe):
-        kind = inner(node, (*path, "kind"))
-        if kind is not None and inner(base, path) is not None and kind != inner(base, (*path, "kind")):
-            del inner(base, path[:-1])[path[-1]]
-
-
-def _setting_at(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:
-    """Dotted name of the setting that a validation error is about, and the section it ends in, if it ends in one."""
-    section: type[BaseModel] | None = Recipe
-    kinds: dict[str, type[Section]] = {}
-    names = []
-    for part in location:
-        if part in kinds:
-            section, kinds = kinds[part], {}
-            continue
-        names.append(str(part))
-        field = section.model_fields.get(part) if section else None
-        kinds = _kinds(field)
-        inner = field.annotation if field else None
-        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
-    return ".".join(names), section
-
-
-def _explain(error: ValidationError, origin: str) -> InputError:
-    lines = []
-    for item in error.errors():
-        name, _ = _setting_at(item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = sorted((_setting_at(item["loc"][:-1])[1] or Recipe).model_fields)
-            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f", did you mean '{close[0]}'?" if close else f", known here: {', '.join(known)}"
-            lines.append(f"unknown setting '{name}'{hint}")
-        elif item["type"] in ("missing", "union_tag_not_found"):
-            lines.append(f"'{name}{'.kind' if item['type'] == 'union_tag_not_found' else ''}' is required")
-        elif item["type"] == "value_error":
-            lines.append(str(item.get("ctx", {}).get("error")))
-        else:
-            lines.append(f"'{name}' is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
-    return InputError(f"{origin}: " + "; ".join(lines))
-
-
-def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A checked recipe from plain values, or one `InputError` that lists every problem."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, origin) from None
-
-
-def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe by name or path, merges `base`, then `key.path=value` overrides, and checks the whole.
-
-    Raises:
-        InputError: no such recipe, bad YAML, or any setting out of place; all settings' problems in one message.
-    """
-    path = recipe_path(name)
-    node = _read(path)
-    node.setdefault("name", path.stem)
-    # Kinds first, so that what an override says of the new kind stays, wherever it stands.
-    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].strip().endswith(".kind")):
-        key, equals, value = override.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"override '{override}' must have the form key.path=value")
-        try:
-            new, change = OmegaConf.create(f"v: {value}").v, OmegaConf.create()
-            OmegaConf.update(change, key.strip(), new)
-            _drop_other_kinds(node, change)
-            OmegaConf.update(node, key.strip(), new, merge=True)
-        except (YAMLError, OmegaConfBaseException, TypeError, AttributeError, LookupError, ValueError) as error:
-            raise InputError(f"override '{override}' does not fit the recipe: {' '.join(str(error).split())}") from None
-    try:
-        values = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-    assert isinstance(values, dict)
-    return make_recipe({str(k): v for k, v in values.items()}, str(path))

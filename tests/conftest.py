@@ -13,7 +13,8 @@ import jax
 import pytest
 from tiny import tiny_values
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
+from onerec_jax.recipe import make_recipe
 
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -17,8 +17,9 @@ import yaml
 from stand_ins import instant_training
 
 from onerec_jax import cli
-from onerec_jax.config import Recipe, load_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.data import prepare
+from onerec_jax.recipe import load_recipe
 
 
 class Answer(NamedTuple):
@@ -239,7 +240,7 @@ def test_a_full_disk_while_a_dataset_is_written_leaves_what_was_there(
     owner, _, name = part.rpartition(".")
     monkeypatch.setattr(getattr(prepare, owner) if owner else prepare, name, full)
     message = refused("data", recipe)
-    assert message == "data.directory datasets/mine cannot be written: No space left on device"
+    assert message == "cannot write the dataset to datasets/mine: No space left on device"
 
 
 def test_a_full_disk_while_semantic_ids_are_written_leaves_what_was_there(

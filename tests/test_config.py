@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_jax import config
-from onerec_jax.config import CONFIGS, RQVAE, FiniteScalarQuantizer, Recipe, Section, load_recipe, make_recipe
+from onerec_jax.config import RQVAE, FiniteScalarQuantizer, Recipe, Section
 from onerec_jax.errors import InputError
+from onerec_jax.recipe import CONFIGS, load_recipe, make_recipe
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SIMULATED = "data: {source: {kind: simulator}}\n"

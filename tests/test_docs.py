@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from onerec_jax.cli import app
-from onerec_jax.config import load_recipe, recipe_path
+from onerec_jax.recipe import load_recipe, recipe_path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,9 +49,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_the_commands_of_the_readme_lead_from_a_log_to_recommendations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_commands_of_the_readme_lead_from_a_log_to_recommendations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text()
     steps = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^onerec .*quickstart.*$", text, re.M)]

@@ -12,9 +12,10 @@ import flip_probes as probe
 import pytest
 from pydantic import BaseModel
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
+from onerec_jax.recipe import make_recipe
 from onerec_jax.tokenizer.quantizer import MODULES
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
@@ -40,6 +41,11 @@ SHORT_RUN = {
     "train.checkpoint_every": 3,
 }  # fmt: skip
 ALIGNED = {"tokenizer.alignment": {"steps": 2, "batch_size": 8, "width": 4, "pairs": ["swing"], "neighbours": 4}}
+SHORT_TRAINING = {"hidden": [8], "steps": 4, "batch_size": 10, "learning_rate": 0.01}
+RQ_VAE = {
+    "tokenizer.quantizer": {"kind": "rq_vae", "latent": 4, **SHORT_TRAINING}, "tokenizer.codebook_sizes": [8]
+}  # fmt: skip
+FSQ = {"tokenizer.quantizer": {"kind": "fsq", **SHORT_TRAINING}, "tokenizer.codebook_sizes": [8]}
 BOARD = {"evaluate.floors": ["popularity", "markov"]}
 
 FLIPS: dict[str, Flip] = {
@@ -95,6 +101,20 @@ FLIPS: dict[str, Flip] = {
     "tokenizer.alignment.neighbours": Flip(1, probe.aligned, ALIGNED),
     "tokenizer.quantizer.kind": Flip("sequential", probe.semantic_ids, {"tokenizer.quantizer": {"kind": "random"}}),
     "tokenizer.quantizer.residual_kmeans.balanced_levels": Flip([2], probe.semantic_ids),
+    "tokenizer.quantizer.rq_vae.hidden": Flip([9], probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.latent": Flip(5, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.steps": Flip(5, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.batch_size": Flip(9, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.learning_rate": Flip(0.02, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.commitment": Flip(0.5, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.estimator": Flip("rotation", probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.dead_after": Flip(1, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.collaborative_weight": Flip(0.5, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.rq_vae.diversity_weight": Flip(0.5, probe.semantic_ids, RQ_VAE),
+    "tokenizer.quantizer.fsq.hidden": Flip([9], probe.semantic_ids, FSQ),
+    "tokenizer.quantizer.fsq.steps": Flip(5, probe.semantic_ids, FSQ),
+    "tokenizer.quantizer.fsq.batch_size": Flip(9, probe.semantic_ids, FSQ),
+    "tokenizer.quantizer.fsq.learning_rate": Flip(0.02, probe.semantic_ids, FSQ),
     "tokenizer.quantizer.product.rotate": Flip(False, probe.semantic_ids, {"tokenizer.quantizer": {"kind": "product"}}),
     "tokenizer.quantizer.hierarchical.of": Flip(
         "co_occurrence", probe.semantic_ids, {"tokenizer.quantizer": {"kind": "hierarchical"}}

@@ -10,12 +10,9 @@ All that depends on the events of a run of users alone is made by pure functions
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from onerec_jax.data.histories import (
 from onerec_jax.data.items import ItemArrays, item_arrays, write_items
 from onerec_jax.data.lifelong import compress, hashed_content
 from onerec_jax.data.records import cluster_rows, encode, event_rows, write_records
+from onerec_jax.data.replacing import replacing
 from onerec_jax.data.schema import SCHEMA_VERSION, Tables
 from onerec_jax.data.split import SPLITS, Moments, check_not_empty, examples, split_moments, split_stops
 from onerec_jax.errors import InputError
@@ -122,7 +120,7 @@ def write_dataset(tables: Tables, data: DataConfig, directory: Path, seed: int, 
         "split_moments_ms": None if moments is None else moments._asdict(),
         "shard_bounds": bounds.tolist(),
     }
-    with replacing(directory) as partial:
+    with replacing(directory, "the dataset") as partial:
         for shard, partition in enumerate(partitions):
             records = history_records(partition.histories, content, data)
             write_records(partial / shard_name(shard, data.shards), records)
@@ -223,31 +221,3 @@ def check_replaceable(directory: Path) -> None:
         raise InputError(f"data.directory {directory} holds other files than a dataset; name an empty or a new folder")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"data.directory {directory} is a file; name a folder")
-
-
-@contextlib.contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A new folder beside `directory` that takes its place when the block ends, and vanishes when it fails.
-
-    Raises:
-        InputError: the operating system refuses to write, for instance because the disk is full.
-    """
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-    replaced = directory.with_name(f"{directory.name}.replaced-{os.getpid()}")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        if directory.exists():
-            directory.rename(replaced)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(directory)
-            raise
-    except OSError as error:
-        raise InputError(f"data.directory {directory} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from onerec_jax.config import load_recipe
 from onerec_jax.generate.recommender import Recommender
 from onerec_jax.parallel.mesh import make_mesh
+from onerec_jax.recipe import load_recipe
 from onerec_jax.train.checkpoint import Checkpoints, parse_run
 from onerec_jax.train.loop import load_inputs
 from onerec_jax.train.optimizer import make_optimizer

@@ -23,15 +23,13 @@ import dataclasses
 import functools
 import heapq
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
+from onerec_jax.data.replacing import replacing
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer.action_corpus import Corpus, count_pairs, link_actions, living, merge, run_offsets
-from onerec_jax.tokenizer.semantic_ids import _replace
 
 FORMAT_VERSION = 1
 _ARRAYS = ("features", "left", "right", "weight")
@@ -130,20 +128,13 @@ class ActionPieces:
             InputError: the folder cannot be written, or holds other files.
         """
         directory = Path(directory)
-        partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-        try:
-            if directory.is_dir() and any(directory.iterdir()) and not (directory / "left.npy").is_file():
-                raise InputError(f"{directory} holds other files than a vocabulary of actions; name a new folder")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / "left.npy").is_file():
+            raise InputError(f"{directory} holds other files than a vocabulary of actions; name a new folder")
+        card = {"format_version": FORMAT_VERSION, "kind": "action_piece", "tokens": len(self)}
+        with replacing(directory, "the vocabulary") as partial:
             for name in _ARRAYS:
                 np.save(partial / f"{name}.npy", getattr(self, name), allow_pickle=False)
-            card = {"format_version": FORMAT_VERSION, "kind": "action_piece", "tokens": len(self)}
             (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-            _replace(partial, directory)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"cannot write the vocabulary to {directory}: {error.strerror or error}") from None
 
     @classmethod
     def load(cls, directory: str | Path) -> ActionPieces:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onerec_jax.config import TokenizerConfig
+from onerec_jax.data.replacing import replacing
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer import alignment, quality
 from onerec_jax.tokenizer.collisions import extra_level, reassign
@@ -84,27 +83,19 @@ class SemanticIds:
             InputError: the folder cannot be written, or holds other files.
         """
         directory = Path(directory)
-        partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-        try:
-            _check_replaceable(directory)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        _check_replaceable(directory)
+        card = {
+            "format_version": FORMAT_VERSION,
+            "codebook_sizes": self.codebook_sizes,
+            "kind": self.kind,
+            "levels": self.levels,
+            "arrays": sorted(self.arrays),
+            **self.origin,
+        }
+        with replacing(directory, "semantic IDs") as partial:
             for name, array in _arrays(self).items():
                 np.save(partial / f"{name}.npy", array, allow_pickle=False)
-            card = {
-                "format_version": FORMAT_VERSION,
-                "codebook_sizes": self.codebook_sizes,
-                "kind": self.kind,
-                "levels": self.levels,
-                "arrays": sorted(self.arrays),
-                **self.origin,
-            }
             (partial / "card.json").write_text(json.dumps({**card, "quality": self.quality}, indent=2) + "\n")
-            _replace(partial, directory)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = error.strerror or error
-            raise InputError(f"cannot write semantic IDs to {directory}: {reason}") from None
 
     @classmethod
     def load(cls, directory: str | Path, dataset: Dataset | None = None) -> SemanticIds:
@@ -148,21 +139,6 @@ def _check_replaceable(directory: Path) -> None:
         raise InputError(f"tokenizer.directory {directory} holds other files than semantic IDs; name a new folder")
 
 
-def _replace(partial: Path, directory: Path) -> None:
-    """Puts a finished folder in the place of an existing one, which stays whole until then."""
-    if directory.exists():
-        old = directory.with_name(f"{directory.name}.old-{os.getpid()}")
-        directory.rename(old)
-        try:
-            partial.rename(directory)
-        except OSError:
-            old.rename(directory)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(directory)
-
-
 def _read(directory: Path, card: dict[str, Any]) -> SemanticIds:
     if card["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {card['format_version']}, this is {FORMAT_VERSION}")
@@ -183,7 +159,7 @@ def _read(directory: Path, card: dict[str, Any]) -> SemanticIds:
         raise ValueError("codes.npy does not fit the trie or the codebook sizes")
     if len(codes) and not ((codes >= 0).all() and (codes < sizes).all()):
         raise ValueError("codes.npy has codes outside their codebooks")
-    origin = {key: card[key] for key in ("tokenizer", "seed", "dataset")}
+    origin = {key: card[key] for key in ("tokenizer", "seed", "dataset", "expansions") if key in card}
     return SemanticIds(codes, card["kind"], arrays, int(card["levels"]), sizes, trie, card["quality"], origin)
 
 

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.errors import InputError
 from onerec_jax.parallel.sharding import path_name
+from onerec_jax.recipe import make_recipe
 from onerec_jax.train.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)

@@ -21,7 +21,13 @@ REVIEWS = [
     {"reviewerID": "A1", "asin": "B3", "overall": 3.0, "unixReviewTime": 100},
 ]
 METADATA = [
-    {"asin": "B1", "title": "Kid's Shampoo", "categories": [["Beauty", "Hair Care"]], "brand": "Foam", "price": 3.5},
+    {
+        "asin": "B1",
+        "title": "Kid&#39;s Shampoo",
+        "categories": [["Beauty", "Hair Care"]],
+        "brand": "Foam",
+        "price": 3.5,
+    },
     {"asin": "B9", "title": "never reviewed", "categories": [["Beauty"]]},
     {"asin": "B2", "categories": [["Beauty", "Skin"], ["Gifts"]]},
 ]

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_jax.config import ModelConfig, make_recipe
+from onerec_jax.config import ModelConfig
 from onerec_jax.data.lifelong import compress
 from onerec_jax.data.pipeline import Pipeline, make_batch
 from onerec_jax.data.schema import ItemFeatures
 from onerec_jax.errors import InputError
+from onerec_jax.recipe import make_recipe
 
 REFRESH = 5
 CLUSTER_SIZE = 2

@@ -269,7 +269,7 @@ def test_a_full_disk_names_the_folder_and_keeps_the_dataset_that_was_there(noise
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(InputError, match=rf"{directory} cannot be written"):
+        with pytest.raises(InputError, match=rf"cannot write the dataset to {directory}"):
             write_dataset(noise_tables(seed=2, events=500), data_config(), directory, 0, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

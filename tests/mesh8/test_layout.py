@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from onerec_jax.config import CONFIGS, MeshConfig, load_recipe
+from onerec_jax.config import MeshConfig
 from onerec_jax.errors import InputError
 from onerec_jax.model.onerec import build, planned_vocabulary
 from onerec_jax.parallel import sharding
 from onerec_jax.parallel.mesh import check_batch, data_parallel, make_mesh
 from onerec_jax.parallel.sharding import PARAMETERS, logical_axes, partition_spec, path_name, put_batch, shardings
+from onerec_jax.recipe import CONFIGS, load_recipe
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, init_state
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, random_batch, tiny_model, tiny_values
 
-from onerec_jax.config import MeshConfig, Recipe, make_recipe
+from onerec_jax.config import MeshConfig, Recipe
 from onerec_jax.data.schema import Batch
 from onerec_jax.model.onerec import build
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import path_name, put_batch
+from onerec_jax.recipe import make_recipe
 from onerec_jax.train.checkpoint import Checkpoints, same_bits
 from onerec_jax.train.metrics import ratios
 from onerec_jax.train.optimizer import make_optimizer

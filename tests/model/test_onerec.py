@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, poison, random_batch, tiny_model
 
-from onerec_jax.config import load_recipe
 from onerec_jax.model.onerec import Model, build, count_parameters, planned_vocabulary
+from onerec_jax.recipe import load_recipe
 from onerec_jax.train.step import make_loss
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, tiny_values
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.data.schema import Vocabulary
 from onerec_jax.errors import InputError
 from onerec_jax.model.onerec import build
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import path_name
+from onerec_jax.recipe import make_recipe
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run, same_bits
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, abstract_state

@@ -12,10 +12,11 @@ import pytest
 from stand_ins import linear_model
 from tiny import VOCABULARY, random_batch, tiny_model, tiny_values
 
-from onerec_jax.config import MeshConfig, Recipe, make_recipe
+from onerec_jax.config import MeshConfig, Recipe
 from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
 from onerec_jax.parallel.mesh import make_mesh
+from onerec_jax.recipe import make_recipe
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train import loop
 from onerec_jax.train.checkpoint import Checkpoints, same_bits

@@ -15,8 +15,9 @@ import jax
 import pytest
 from tiny import tiny_values
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.parallel.mesh import make_mesh
+from onerec_jax.recipe import make_recipe
 from onerec_jax.train.checkpoint import Checkpoints, same_bits
 from onerec_jax.train.loop import load_inputs
 from onerec_jax.train.metrics import MetricsLog, read_metrics

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, random_batch, tiny_model, tiny_values
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.model.onerec import build
+from onerec_jax.recipe import make_recipe
 from onerec_jax.train.loss import next_token_loss
 from onerec_jax.train.metrics import ratios
 from onerec_jax.train.optimizer import learning_rate, make_optimizer

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from onerec_jax.config import Recipe, make_recipe
+from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.prepare import write_dataset
 from onerec_jax.data.schema import LABELS, Tables
 from onerec_jax.data.store import Dataset
+from onerec_jax.recipe import make_recipe
 
 ITEMS = 20_000
 EVENTS_PER_USER = 2_500

@@ -61,9 +61,7 @@ def main() -> None:
     vectors = overlapping_clusters(given.rows, given.width, given.codes)
 
     def ours(precision: str):
-        return lambda left, level: k_means(
-            left, given.codes, given.iterations, (0, level), BATCH, precision=precision
-        )
+        return lambda left, level: k_means(left, given.codes, given.iterations, (0, level), BATCH, precision=precision)
 
     contestants = {
         "faiss": lambda left, level: with_faiss(left, given.codes, given.iterations, level),

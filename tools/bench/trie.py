@@ -41,7 +41,9 @@ def main() -> None:
     trie.children(given.levels - 1, rng.integers(0, len(trie.token[-2]), given.lookups))
     gathered = time.perf_counter() - started
     assert (leaves >= 0).all()
-    print(f"{given.items:,} items x {given.levels} levels of {given.codes}: built in {built:.1f} s, {over:.2f} GiB on top")
+    print(
+        f"{given.items:,} items x {given.levels} levels of {given.codes}: built in {built:.1f} s, {over:.2f} GiB on top"
+    )
     print(f"{given.lookups:,} whole IDs looked up in {found:.2f} s; children of as many nodes in {gathered:.3f} s")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -164,5 +165,5 @@ def _content(record: dict[str, Any], place: str) -> dict[str, Any]:
     return {
         "author_id": None if brand is None else str(brand),
         "tags": tags,
-        "text": " ".join(word for word in words if word),
+        "text": html.unescape(" ".join(word for word in words if word)),
     }

@@ -1,0 +1,159 @@
+"""All constructions of semantic IDs on one dataset: reconstruction, utilisation, entropy, collisions, neighbours, recall.
+
+    onerec data beauty_small data.source.path=FOLDER
+    python tools/compare_semantic_ids.py beauty_small                      the figures of the IDs alone
+    python tools/compare_semantic_ids.py beauty_small --seeds 3 --steps 300    and Recall@10 of one small model on each
+
+Every construction quantizes the same content vectors. The model of the last column is the same for all, with the same budget;
+items that share an ID get an extra level there. Results are kept in `comparison/RECIPE.json` as they come, so a run that was
+stopped goes on. Prints the table as Markdown. Overrides of the recipe may follow as KEY=VALUE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.store import Dataset
+from onerec_jax.recipe import load_recipe
+from onerec_jax.tokenizer.content import content_vectors, train_co_occurrence
+from onerec_jax.tokenizer.neighbours import neighbour_recall
+from onerec_jax.tokenizer.semantic_ids import fit_semantic_ids
+
+KIND = "tokenizer.quantizer.kind"
+CONSTRUCTIONS: dict[str, list[str]] = {
+    "residual k-means": [],
+    "residual k-means, level 3 balanced": ["tokenizer.quantizer.balanced_levels=[3]"],
+    "residual k-means, all balanced": ["tokenizer.quantizer.balanced_levels=[1,2,3]"],
+    "residual k-means, aligned content": ["tokenizer.alignment.steps=1000"],
+    "RQ-VAE": [f"{KIND}=rq_vae"],
+    "RQ-VAE, rotation trick": [f"{KIND}=rq_vae", "tokenizer.quantizer.estimator=rotation"],
+    "RQ-VAE, LETTER": [
+        f"{KIND}=rq_vae", "tokenizer.quantizer.collaborative_weight=0.02", "tokenizer.quantizer.diversity_weight=0.001"
+    ],
+    "OPQ": [f"{KIND}=product"],
+    "FSQ": [f"{KIND}=fsq"],
+    "hierarchical k-means, 3 x 32": [f"{KIND}=hierarchical", "tokenizer.codebook_sizes=[32,32,32]"],
+    "co-occurrence graph, 3 x 32": [
+        f"{KIND}=hierarchical", "tokenizer.quantizer.of=co_occurrence", "tokenizer.codebook_sizes=[32,32,32]"
+    ],
+    "sequential": [f"{KIND}=sequential"],
+    "random": [f"{KIND}=random"],
+}  # fmt: skip
+SMALL_MODEL = [
+    "model.d_model=64", "model.ffn_hidden=128", "model.encoder_layers=1", "model.decoder_layers=1",
+    "model.item_input=sid", "train.batch_size=128", "train.learning_rate=3e-3", "train.eval_every=0",
+    "train.checkpoint_every=1000000", "train.tensorboard=false", "evaluate.split=valid", "evaluate.max_examples=4000",
+    "evaluate.beam_width=20", "evaluate.free_examples=0", "evaluate.floors=[]",
+]  # fmt: skip
+
+
+def figures(recipe: Recipe, dataset: Dataset, co_occurrence: Any) -> dict[str, Any]:
+    """Quality of the IDs before items of one ID are told apart."""
+    settings = recipe.tokenizer.model_copy(update={"dedup": "none"})
+    content = content_vectors(dataset, settings, recipe.seed)
+    started = time.perf_counter()
+    ids = fit_semantic_ids(dataset, settings, recipe.seed, content)
+    seconds = time.perf_counter() - started
+    kept = neighbour_recall(ids.codes[:, : ids.levels], content, co_occurrence, sample=2000)
+    levels = ids.quality["levels"]
+    variance = float(np.mean((content - content.mean(0)) ** 2))
+    return {
+        "seconds": seconds,
+        "unexplained": ids.quality["reconstruction_mse"] / variance if not recipe.tokenizer.alignment.steps else None,
+        "utilisation": [level["utilisation"] for level in levels],
+        "entropy": [level["entropy"] for level in levels],
+        "collisions": ids.quality["collision_rate"],
+        "content": kept["content"][:2],
+        "co_clicked": kept["co_clicked"][:2],
+        "chance": kept["chance"][:2],
+    }
+
+
+def trained_recall(recipe: Recipe) -> float:
+    """Recall@10 of the recipe's model trained on the recipe's IDs."""
+    from onerec_jax.evaluate.evaluation import evaluate
+    from onerec_jax.generate.load import load_recommender
+    from onerec_jax.train.loop import pretrain
+
+    dataset = Dataset(recipe.dataset_directory)
+    fit_semantic_ids(dataset, recipe.tokenizer, recipe.seed).save(recipe.tokenizer_directory)
+    run = pretrain(recipe, lambda line: None)
+    return evaluate(load_recommender(str(run)), lambda line: None).rows["model"]["R@10"]
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    def numbers(values: list[float], digits: int) -> str:
+        return " ".join(f"{value:.{digits}f}" for value in values)
+
+    recalls = list(found.get("recall", {}).values())
+    spread = f" ± {np.std(recalls, ddof=1):.4f}" if len(recalls) > 1 else ""
+    cells = [
+        name,
+        "–" if found["unexplained"] is None else f"{found['unexplained']:.3f}",
+        numbers(found["utilisation"], 3),
+        numbers(found["entropy"], 2),
+        f"{found['collisions']:.3f}",
+        numbers(found["content"], 3),
+        numbers(found["co_clicked"], 3),
+        f"{found['seconds']:.0f}",
+        f"{np.mean(recalls):.4f}{spread}" if recalls else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--seeds", type=int, default=0, help="models trained per construction")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each")
+    parser.add_argument("--only", default="", help="constructions whose name contains this")
+    given = parser.parse_args()
+    base = load_recipe(given.recipe, given.overrides)
+    dataset = Dataset(base.dataset_directory)
+    co_occurrence = train_co_occurrence(dataset)
+    path = Path("comparison") / f"{base.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    chosen = {name: changes for name, changes in CONSTRUCTIONS.items() if given.only in name}
+    for name, changes in chosen.items():
+        recipe = load_recipe(given.recipe, [*given.overrides, *changes])
+        if name not in results:
+            results[name] = figures(recipe, dataset, co_occurrence)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(row(name, results[name]), flush=True)
+    for seed in range(given.seeds):
+        for name, changes in chosen.items():
+            recalls = results[name].setdefault("recall", {})
+            if str(seed) in recalls:
+                continue
+            folder = name.replace(" ", "_").replace(",", "")
+            recipe = load_recipe(
+                given.recipe,
+                [
+                    *given.overrides, *SMALL_MODEL, *changes, f"seed={seed}", f"train.steps={given.steps}",
+                    "tokenizer.dedup=extra_level", f"name=comparison_{folder}_{seed}", f"runs={path.parent}/runs",
+                    f"data.directory={base.dataset_directory}", f"tokenizer.directory={path.parent}/ids/{folder}_{seed}",
+                ],
+            )  # fmt: skip
+            recalls[str(seed)] = trained_recall(recipe)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{name}, seed {seed}: Recall@10 {recalls[str(seed)]:.4f}", flush=True)
+    head = (
+        "construction", "unexplained variance", "utilisation", "entropy, nats", "items that share an ID",
+        "content neighbours at 1, 2 codes", "co-clicked neighbours at 1, 2 codes", "fit, s", "Recall@10",
+    )  # fmt: skip
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name in chosen:
+        print(row(name, results[name]))
+
+
+if __name__ == "__main__":
+    main()
