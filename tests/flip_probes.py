@@ -158,21 +158,24 @@ def semantic_ids(recipe: Recipe, world: World) -> Any:
     return digest((ids.codes, ids.arrays, ids.trie.items)), ids.codebook_sizes
 
 
-def assignment_batches(recipe: Recipe, world: World) -> Any:
-    """Shapes of the batches that the quantizer assigns, whatever it assigns them to."""
-    shapes = []
+def assignments(recipe: Recipe, world: World) -> Any:
+    """Shapes and precision of the batches that the quantizer assigns."""
+    seen = []
 
-    def assign(rows, centroids):
-        shapes.append(rows.shape)
-        return np.zeros(len(rows), np.int32), np.zeros(len(rows), np.float32)
+    def recording(make: Any) -> Any:
+        def made(precision: str) -> Any:
+            def assign(rows, *rest):
+                seen.append((rows.shape, precision))
+                return make(precision)(rows, *rest)
 
-    def add_up(rows, count, codes, centroids):
-        return np.zeros(centroids.shape, np.float32), np.ones(len(centroids), np.int32)
+            return assign
 
-    world.monkeypatch.setattr(kmeans, "_assign_batch", assign)
-    world.monkeypatch.setattr(kmeans, "_sum_batch", add_up)
+        return made
+
+    for name in ("_assign_batch", "_lloyd_batch"):
+        world.monkeypatch.setattr(kmeans, name, recording(getattr(kmeans, name)))
     fit_semantic_ids(world.dataset, recipe.tokenizer, recipe.seed)
-    return shapes
+    return seen
 
 
 # -------------------------------------------------------------------------------------------------------- model and step
