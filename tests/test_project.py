@@ -94,7 +94,9 @@ def test_nothing_in_the_repository_names_the_machine_or_the_folder_it_was_made_i
 
 
 def test_configuration_and_data_modules_import_without_jax():
-    modules = [module_name(path) for path in MODULES if room_of(module_name(path)) in ("config", "recipe", "errors", "data")]
+    modules = [
+        module_name(path) for path in MODULES if room_of(module_name(path)) in ("config", "recipe", "errors", "data")
+    ]
     assert "onerec_jax.data.pipeline" in modules
     program = (
         "import importlib, sys\n"

@@ -45,9 +45,8 @@ class ItemEncoder(nnx.Module):
             **dict.fromkeys(("age", "playtime", "duration"), BUCKETS),
             "feedback": max(1, len(vocabulary.labels)),
         }
-        for name, size in sizes.items():
-            if name in self.features:
-                setattr(self, name, Embedding(size, config.feature_dim, rngs))
+        chosen = {name: size for name, size in sizes.items() if name in self.features}
+        self.feature = nnx.Dict({name: Embedding(size, config.feature_dim, rngs) for name, size in chosen.items()})
 
     def __call__(self, events: ItemFeatures, rows: dict[str, Array], embed_codes, dtype: jnp.dtype) -> Array:
         item, labels = 0.0, events.feedback.shape[-1]
@@ -57,11 +56,13 @@ class ItemEncoder(nnx.Module):
             item = item + jnp.take(rows["item"].astype(dtype), events.item, axis=0)
         embed = {
             "author": lambda: jnp.take(rows["author"].astype(dtype), events.author, axis=0),
-            "tag": lambda: self.tag(events.tag, dtype),
-            "age": lambda: self.age(bucket(events.age_s), dtype),
-            "playtime": lambda: self.playtime(bucket(events.playtime_s), dtype),
-            "duration": lambda: self.duration(bucket(events.duration_s), dtype),
-            "feedback": lambda: events.feedback.astype(dtype) @ self.feedback.embedding[...].astype(dtype)[:labels],
+            "tag": lambda: self.feature["tag"](events.tag, dtype),
+            "age": lambda: self.feature["age"](bucket(events.age_s), dtype),
+            "playtime": lambda: self.feature["playtime"](bucket(events.playtime_s), dtype),
+            "duration": lambda: self.feature["duration"](bucket(events.duration_s), dtype),
+            "feedback": lambda: (
+                events.feedback.astype(dtype) @ self.feature["feedback"].embedding[...].astype(dtype)[:labels]
+            ),
         }
         return jnp.concatenate([item, *(embed[name]() for name in self.features)], axis=-1)
 

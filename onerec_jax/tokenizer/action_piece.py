@@ -220,7 +220,7 @@ def fit(features: np.ndarray, vocabulary_size: int) -> ActionPieces:
         )
     tokens = np.where(features >= 0, np.searchsorted(known, features), -1)
     if not len(known):
-        return ActionPieces(known, *(np.zeros(0, np.int32) for _ in range(2)), np.zeros(0))
+        return ActionPieces(known, np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0))
     corpus = link_actions(tokens, vocabulary_size)
     rules = _grow(corpus, len(known))
     pairs = np.array([divmod(key, corpus.base) for key, _ in rules], np.int32).reshape(-1, 2)

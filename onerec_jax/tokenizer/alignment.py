@@ -12,7 +12,7 @@ Axis letters: I items, N vectors, B pairs of a batch, M tokens, D content width,
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def _standardised(constants: Params, content: Array) -> Array:
     return (content - constants["center"]) / constants["scale"]
 
 
-def _summary(content: Content) -> Content:
+def _summary(content: Any) -> Any:
     """What the decoder gives back, [B,D]: content vectors, or the mean of an item's tokens."""
     return content.mean(1) if content.ndim == 3 else content
 

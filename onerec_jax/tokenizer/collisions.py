@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,7 @@ def _transported(
     prefix: np.ndarray, held: sparse.csr_array, distances: Distances, rows: np.ndarray, block: int
 ) -> np.ndarray:
     """New last codes [N] of item rows [N] under their prefixes [N]; prefixes of about as many rows go together."""
+    codes = cast(tuple[int, int], held.shape)[1]
     count = np.bincount(prefix)
     taken = np.empty(len(rows), np.int64)
     width = 1 << np.maximum(0, np.ceil(np.log2(np.maximum(count, 1)))).astype(int)
@@ -246,11 +248,11 @@ def _transported(
         for first in range(0, len(all_prefixes), step):
             part = slice(*np.searchsorted(group, [first, first + step]))
             place = group[part] - first, turn[part]
-            distance = np.zeros((step, most, held.shape[1]), np.float32)
+            distance = np.zeros((step, most, codes), np.float32)
             member = np.zeros((step, most), bool)
             distance[place] = distances(rows[members[part]])
             member[place] = True
-            used = np.zeros((step, held.shape[1]), bool)
+            used = np.zeros((step, codes), bool)
             used[: len(all_prefixes) - first] = held[all_prefixes[first : first + step]].toarray() > 0
             taken[members[part]] = np.asarray(_transport(distance, member, used))[place]
     return taken

@@ -3,6 +3,8 @@
 Axis letters: I items, M tokens of an item, D width.
 """
 
+# pyarrow.compute makes its functions when it is imported.
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from pathlib import Path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.utils.extmath import randomized_svd
@@ -33,7 +35,8 @@ def plane(vectors: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
         # Equal vectors start apart by a hair: t-SNE divides by their distance.
         start = axes[:, :2] / spread + np.random.default_rng(seed).normal(size=(len(axes), 2)) * 1e-2
         perplexity = min(30.0, (len(axes) - 1) / 3)
-        layout = TSNE(init=1e-4 * start, perplexity=perplexity, max_iter=_STEPS, random_state=seed, n_jobs=1)
+        first: Any = 1e-4 * start
+        layout = TSNE(init=first, perplexity=perplexity, max_iter=_STEPS, random_state=seed, n_jobs=1)
         places, name = layout.fit_transform(axes), "t-SNE"
     low, high = places.min(0), places.max(0)
     return ((places - low) / np.where(high > low, high - low, 1)).astype(np.float32), name

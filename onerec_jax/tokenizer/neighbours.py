@@ -58,7 +58,7 @@ def co_clicked_neighbours(co_occurrence: sparse.csr_matrix, queries: np.ndarray,
     cells = sparse.coo_matrix(sparse.csr_matrix(co_occurrence)[queries])
     query, item = cells.row.astype(np.int64), cells.col.astype(np.int64)
     counted = (cells.data > 0) & (item != queries[query])
-    query, item, count = query[counted], item[counted], cells.data[counted]
+    query, item, count = query[counted], item[counted], np.asarray(cells.data[counted], np.float64)
     order = np.lexsort((item, -count, query))
     query, item = query[order], item[order]
     rank = np.arange(len(query)) - np.searchsorted(query, query)

@@ -80,7 +80,7 @@ def _incidence(log: PositiveLog, num_items: int, num_users: int, users_per_item:
 def _user_pairs(incidence: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """All u < v with two or more items in common, each int64 [Q]."""
     transposed, left, right = sparse.csr_matrix(incidence.T), [], []
-    for first in range(0, incidence.shape[0], _USERS_AT_ONCE):
+    for first in range(0, len(incidence.indptr) - 1, _USERS_AT_ONCE):
         shared = sparse.coo_matrix(incidence[first : first + _USERS_AT_ONCE] @ transposed)
         kept = (shared.data >= 2) & (shared.row + first < shared.col)
         left.append(shared.row[kept].astype(np.int64) + first)
@@ -91,7 +91,7 @@ def _user_pairs(incidence: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
 def strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
     """The `most` largest entries of every row; of equal ones those of the lower columns."""
     cells = sparse.coo_matrix(matrix)
-    order = np.lexsort((cells.col, -cells.data, cells.row))
+    order = np.lexsort((cells.col, -np.asarray(cells.data, np.float64), cells.row))
     kept = order[_rank(cells.row[order]) < most]
     return sparse.csr_matrix((cells.data[kept], (cells.row[kept], cells.col[kept])), shape=matrix.shape)
 
@@ -132,7 +132,7 @@ def closest_before(log: PositiveLog, similarity: sparse.csr_matrix) -> tuple[np.
     co-occurrence, then the later one. The same item again is no partner.
     """
     both = sparse.csr_matrix(similarity.maximum(similarity.T))
-    met = co_occurrence(log.item, log.user, similarity.shape[0], LATEST)
+    met = co_occurrence(log.item, log.user, len(similarity.indptr) - 1, LATEST)
     partner = np.full(len(log.item), -1)
     best = np.full((2, len(log.item)), -1.0)
     for gap in range(1, LATEST + 1):

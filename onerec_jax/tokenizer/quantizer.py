@@ -26,6 +26,7 @@ from scipy import sparse
 
 from onerec_jax.config import Section
 from onerec_jax.errors import InputError
+from onerec_jax.tokenizer.kmeans import Rows
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,7 +48,8 @@ class Items:
     """What a construction is fitted on.
 
     Attributes:
-        vectors: content, float32 [I,D].
+        vectors: content, float32 [I,D], an array or a store that is read in slices; residual k-means alone does not load it
+            whole.
         codebook_sizes: K_l.
         seed: the result is a function of the items and the seed.
         iterations: of every k-means.
@@ -57,7 +59,7 @@ class Items:
         progress: folder of what is finished, for a construction that can go on after a kill.
     """
 
-    vectors: np.ndarray
+    vectors: Rows
     codebook_sizes: tuple[int, ...]
     seed: int = 0
     iterations: int = 25
@@ -101,12 +103,13 @@ def with_codebooks(books: tuple[np.ndarray, ...] | list[np.ndarray]) -> Arrays:
     return {f"codebook_{level}": book for level, book in enumerate(books)}
 
 
-def checked(vectors: np.ndarray, first_row: int = 0) -> np.ndarray:
+def checked(vectors: Rows, first_row: int = 0) -> np.ndarray:
     """Content vectors as contiguous float32 [N,D]; `first_row` is the number of the first one, for the error.
 
     Raises:
         InputError: another shape, none at all, or a value that is NaN, infinite or beyond 1e15; names the first such row.
     """
+    vectors = np.asarray(vectors)
     if vectors.ndim != 2 or not vectors.size:
         raise InputError(f"content vectors have shape {list(vectors.shape)}; expected [items, width], neither 0")
     vectors = np.ascontiguousarray(vectors, np.float32)

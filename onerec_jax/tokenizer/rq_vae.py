@@ -13,7 +13,7 @@ Axis letters: B items of a step, L levels, E width of the latent, D of the vecto
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,8 @@ def train_step(settings: RQVAE, state: State, constants: Constants, rows: jax.Ar
     key = jax.random.fold_in(constants.key, state.step)
     gradient, found = jax.grad(objective, has_aux=True)(state.parameters, settings, constants, rows, key)
     updates, moments = autoencoder.optimizer(settings).update(gradient, state.moments, state.parameters)
-    parameters, idle = dict(optax.apply_updates(state.parameters, updates)), state.idle  # type: ignore[arg-type]
+    moved: Any = optax.apply_updates(cast(Any, state.parameters), updates)
+    parameters, idle = dict(moved), state.idle
     if settings.dead_after:
         parameters["books"], idle = revive(parameters["books"], idle, found, settings.dead_after, state.step)
     return State(parameters, moments, idle, state.step + 1)
@@ -195,7 +196,7 @@ def use_all(latent: np.ndarray, books: list[np.ndarray], batch_size: int) -> lis
 def _behaviour(data: Items, settings: RQVAE) -> np.ndarray:
     """Unit behaviour vectors [I,d] for LETTER's InfoNCE, [I,0] without it; an item without behaviour stays 0."""
     if not settings.collaborative_weight:
-        return np.zeros((len(data.vectors), 0), np.float32)
+        return np.zeros((int(data.vectors.shape[0]), 0), np.float32)
     if data.behaviour is None:
         raise InputError(
             f"tokenizer.quantizer.collaborative_weight is {settings.collaborative_weight} but these items come without "

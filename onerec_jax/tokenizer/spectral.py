@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils.extmath import randomized_svd
@@ -20,14 +22,15 @@ def edges_within(graph: sparse.csr_matrix, group: np.ndarray) -> sparse.csr_matr
 
 def _leading_eigenvectors(affinity: sparse.csr_matrix, dimensions: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """Eigenvectors [M,d] of the largest eigenvalues of D^-1/2 A D^-1/2, those of the smallest of the Laplacian."""
-    count = affinity.shape[0]
+    count = len(affinity.indptr) - 1
     scale = sparse.diags(1 / np.sqrt(np.asarray(affinity.sum(1)).ravel()))
     # Shifted to eigenvalues in [0, 1], so that the largest are also the largest in magnitude.
     shifted = sparse.csr_matrix(0.5 * (sparse.identity(count) + scale @ affinity @ scale))
     if count <= max(_DENSE, 2 * dimensions):
         return linalg.eigh(shifted.toarray(), subset_by_index=(count - dimensions, count - 1))[1][:, ::-1]
     state = np.random.RandomState(np.random.default_rng(seed).integers(2**32))
-    return randomized_svd(shifted, dimensions, n_iter=_POWER_ITERATIONS, random_state=state)[0]
+    power: Any = _POWER_ITERATIONS
+    return randomized_svd(shifted, dimensions, n_iter=power, random_state=state)[0]
 
 
 def spectral_embedding(
