@@ -38,6 +38,14 @@ def tiny_recipe(tiny_folder: Path) -> Recipe:
     return recipe
 
 
+# Files that take longest, longest first: two workers that take whole files in this order end together.
+SLOW = ("test_flip.py", "test_resume.py", "test_cli.py", "test_beam.py", "test_onerec.py", "test_step.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code gives now")
 
