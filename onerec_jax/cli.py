@@ -72,16 +72,42 @@ def tokenize(recipe: RecipeName, overrides: Overrides = None) -> None:
     from onerec_jax.tokenizer.content import content_vectors
     from onerec_jax.tokenizer.quality import table
     from onerec_jax.tokenizer.report import write_report
-    from onerec_jax.tokenizer.semantic_ids import fit_semantic_ids
+    from onerec_jax.tokenizer.semantic_ids import fit_and_save
 
     loaded = load_recipe(recipe, overrides or [])
     dataset, report = Dataset(loaded.dataset_directory), loaded.tokenizer_directory / "report.html"
     content = content_vectors(dataset, loaded.tokenizer, loaded.seed)
-    ids = fit_semantic_ids(dataset, loaded.tokenizer, loaded.seed, content)
-    ids.save(loaded.tokenizer_directory)
+    ids = fit_and_save(dataset, loaded.tokenizer, loaded.seed, loaded.tokenizer_directory, content)
     say(table(ids.quality))
     write_report(ids, dataset, content, report)
     say(f"report: {report}")
+
+
+@app.command()
+def expand(
+    recipe: RecipeName,
+    former: Annotated[str, typer.Option(help="dataset directory that the existing semantic IDs were made of")],
+    overrides: Overrides = None,
+    levels: Annotated[str, typer.Option(help="codebooks that grow: last, or all")] = "last",
+    codes: Annotated[
+        int | None, typer.Option(help="new codes per grown level; by default as the catalogue grew")
+    ] = None,
+    penalty: Annotated[float, typer.Option(help="weight of using a code again")] = 0.5,
+) -> None:
+    """Give the new items of a grown dataset semantic IDs, without moving an existing one."""
+    from pathlib import Path
+
+    from onerec_jax.data.store import Dataset
+    from onerec_jax.tokenizer.expansion import Expansion, expand_semantic_ids
+    from onerec_jax.tokenizer.semantic_ids import SemanticIds
+    from onerec_jax.tokenizer.versions import table, version_report
+
+    loaded, old = load_recipe(recipe, overrides or []), Dataset(former)
+    dataset, ids = Dataset(loaded.dataset_directory), SemanticIds.load(Path(former) / "semantic_ids", old)
+    expansion = Expansion(levels, codes, penalty)  # type: ignore[arg-type]  # which refuses any other levels
+    grown = expand_semantic_ids(dataset, old, ids, loaded.tokenizer, loaded.seed, expansion)
+    grown.save(loaded.tokenizer_directory)
+    say(table(version_report(ids, grown, old.item_ids, dataset.item_ids)))
 
 
 @app.command()

@@ -145,6 +145,31 @@ def test_tokenize_prints_the_quality_and_writes_a_report_beside_the_ids(onerec, 
     assert Path("ids/report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_expand_gives_new_items_ids_and_moves_none(onerec, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(60, 4)).astype(np.float32)
+    for name, items in (("early", 40), ("late", 60)):
+        events = {"user_id": [0, 1] * 40, "item_id": [n % items for n in range(80)], "timestamp_ms": list(range(80))}
+        pl.DataFrame(events).write_parquet(tmp_path / f"{name}_events.parquet")
+        rows = {"item_id": list(range(items)), "embedding": embedding[:items].tolist()}
+        pl.DataFrame(rows).write_parquet(tmp_path / f"{name}_items.parquet")
+        source = {"kind": "parquet", "events": f"{name}_events.parquet", "items": f"{name}_items.parquet"}
+        recipe = {"data": {"source": source}, "tokenizer": {"codebook_sizes": [4, 4], "iterations": 3}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        assert onerec("data", f"{name}.yaml").code == 0
+    assert onerec("tokenize", "early.yaml").code == 0
+    answer = onerec("expand", "late.yaml", "--former", "datasets/early")
+    assert answer.code == 0, answer.err
+    early, late = (np.load(f"datasets/{name}/semantic_ids/codes.npy") for name in ("early", "late"))
+    assert late.shape == (60, 2)
+    np.testing.assert_array_equal(late[:40], early)
+
+
+def test_a_wrong_number_of_levels_to_expand_is_refused(refused, onerec, recipe_file, tiny_recipe: Recipe):
+    former = str(tiny_recipe.dataset_directory)
+    assert "'last' or 'all'" in refused("expand", recipe_file(), "--former", former, "--levels", "some")
+
+
 @pytest.mark.parametrize(
     "words", [["nonsense"], ["config"], ["recommend", "runs/tiny"], ["config", "quickstart", "--no"]]
 )
@@ -157,7 +182,7 @@ def test_a_wrong_use_of_the_command_exits_with_2(onerec, words: list[str]):
 def test_without_a_verb_the_help_lists_all_of_them(onerec):
     answer = onerec("--help")
     assert answer.code == 0
-    for verb in ("config", "count", "data", "tokenize", "pretrain", "evaluate", "recommend", "run"):
+    for verb in ("config", "count", "data", "tokenize", "expand", "pretrain", "evaluate", "recommend", "run"):
         assert f" {verb} " in answer.out
 
 
@@ -250,7 +275,7 @@ def test_a_full_disk_while_semantic_ids_are_written_leaves_what_was_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    assert "semantic_ids: No space left on device" in refused("tokenize", recipe_file())
+    assert re.search(r"semantic_ids(\.levels)?: No space left on device", refused("tokenize", recipe_file()))
 
 
 def test_a_folder_that_holds_something_else_is_not_replaced_by_a_dataset(refused, parquet_recipe):

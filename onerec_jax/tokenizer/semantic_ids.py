@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,11 +177,16 @@ def resolve_priority(dataset: Dataset, resolve: str, seed: int) -> np.ndarray:
 
 
 def fit_semantic_ids(
-    dataset: Dataset, config: TokenizerConfig, seed: int, content: np.ndarray | None = None
+    dataset: Dataset,
+    config: TokenizerConfig,
+    seed: int,
+    content: np.ndarray | None = None,
+    progress: Path | None = None,
 ) -> SemanticIds:
     """Semantic IDs of all items of a dataset: content vectors, quantizer, optional extra level, trie, report.
 
-    `content` is what `content_vectors` gives for these arguments, if it is there already.
+    `content` is what `content_vectors` gives for these arguments, if it is there already; `progress` a folder in which
+    residual k-means keeps its finished levels.
 
     Raises:
         InputError: the dataset lacks the content the config names, or a content vector is not finite.
@@ -197,6 +203,7 @@ def fit_semantic_ids(
         config.batch_size,
         co_occurrence=lambda: train_co_occurrence(dataset),
         behaviour=lambda: behaviour_vectors(dataset, config.dimensions, seed),
+        progress=progress,
     )
     kind = config.quantizer.kind
     fitted = quantizer(kind).fit(items, config.quantizer)
@@ -218,3 +225,22 @@ def fit_semantic_ids(
     report["quantized_collision_rate"] = quality.collisions(fitted.codes)["collision_rate"]
     trie = Trie.build(codes, priority)
     return SemanticIds(codes, kind, fitted.arrays | projection, levels, sizes, trie, report, origin)
+
+
+def fit_and_save(
+    dataset: Dataset, config: TokenizerConfig, seed: int, directory: Path, content: np.ndarray | None = None
+) -> SemanticIds:
+    """`fit_semantic_ids`, saved in `directory`. A call after one that was killed goes on after its last finished level.
+
+    Raises:
+        InputError: as `fit_semantic_ids` and `SemanticIds.save`; nothing is left behind then.
+    """
+    progress = directory.with_name(f"{directory.name}.levels")
+    try:
+        ids = fit_semantic_ids(dataset, config, seed, content, progress)
+        ids.save(directory)
+    except InputError:
+        shutil.rmtree(progress, ignore_errors=True)
+        raise
+    shutil.rmtree(progress, ignore_errors=True)
+    return ids
