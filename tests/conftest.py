@@ -39,7 +39,15 @@ def tiny_recipe(tiny_folder: Path) -> Recipe:
 
 
 # Files that take longest, longest first: two workers that take whole files in this order end together.
-SLOW = ("test_flip.py", "test_resume.py", "test_cli.py", "test_beam.py", "test_onerec.py", "test_step.py")
+SLOW = (
+    "test_step.py",
+    "test_resume.py",
+    "test_onerec.py",
+    "test_flip.py",
+    "test_beam.py",
+    "test_docs.py",
+    "test_cli.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

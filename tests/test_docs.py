@@ -44,8 +44,9 @@ def test_documented_commands_that_only_print_are_run(words: list[str]):
 SMALL = (
     "data.source.users=60", "data.source.items=150", "data.source.events_per_user=30", "data.source.days=6",
     "tokenizer.codebook_sizes=[8,8,8]", "tokenizer.iterations=5", "model.d_model=32", "model.heads=2",
-    "model.moe.hidden=16", "train.steps=2", "train.batch_size=16", "train.eval_every=0", "evaluate.beam_width=10",
-    "evaluate.max_examples=16", "evaluate.batch_size=16", "evaluate.free_examples=4",
+    "model.moe.hidden=16", "model.moe.experts=4", "model.short_length=6", "model.positive_length=6",
+    "model.lifelong_length=6", "model.lifelong_queries=4", "train.steps=2", "train.batch_size=16", "train.eval_every=0",
+    "evaluate.beam_width=10", "evaluate.max_examples=16", "evaluate.batch_size=16", "evaluate.free_examples=4",
 )  # fmt: skip
 
 
