@@ -18,6 +18,7 @@ import numpy as np
 from scipy import sparse
 
 from onerec_jax.tokenizer.quantizer import Arrays, quantizer
+from onerec_jax.tokenizer.runs import place_in_run
 from onerec_jax.tokenizer.trie import Trie
 
 Distances = Callable[[np.ndarray], np.ndarray]  # item rows [N] -> squared distances [N,K] to the last codes
@@ -114,12 +115,6 @@ def _in_use(prefix: np.ndarray, last: np.ndarray, prefixes: int, size: int) -> s
     return sparse.csr_array((np.ones(len(last), np.int32), (prefix, last)), shape=(prefixes, size))
 
 
-def _rank_in_group(group: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... inside every run of equal values of group [N]."""
-    first = np.flatnonzero(np.append(True, np.diff(group) != 0))[: len(group)]
-    return np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
-
-
 def nearest_free(
     prefix: np.ndarray, last: np.ndarray, size: int, priority: np.ndarray, distances: Distances, block: int = 4096
 ) -> np.ndarray:
@@ -137,13 +132,13 @@ def nearest_free(
         block: rows whose distances are held at once, more where one prefix has more.
     """
     order = np.lexsort((-priority, last, prefix))
-    movers = order[_rank_in_group(prefix[order] * size + last[order]) > 0]
+    movers = order[place_in_run(prefix[order] * size + last[order]) > 0]
     in_use = _in_use(prefix, last, int(prefix.max()) + 1, size)
     free = size - np.diff(in_use.indptr)
     # The prefixes with the most to move come first: those of one block then take about the same number of turns.
     moving = np.bincount(prefix[movers], minlength=len(free))
     movers = movers[np.lexsort((movers, -priority[movers], prefix[movers], -moving[prefix[movers]]))]
-    turn = _rank_in_group(prefix[movers])
+    turn = place_in_run(prefix[movers])
     placed = turn < free[prefix[movers]]
     movers, turn = movers[placed], turn[placed]
     last = last.copy()
@@ -242,7 +237,7 @@ def _transported(
         members = np.flatnonzero(width[prefix] == most)
         members = members[np.argsort(prefix[members], kind="stable")]
         all_prefixes, group = np.unique(prefix[members], return_inverse=True)
-        turn = _rank_in_group(prefix[members])
+        turn = place_in_run(prefix[members])
         # One shape per width, so that each is compiled once.
         step = min(max(1, block // int(most)), 1 << int(np.ceil(np.log2(len(all_prefixes)))))
         for first in range(0, len(all_prefixes), step):

@@ -24,6 +24,7 @@ from onerec_jax.tokenizer import alignment, quality
 from onerec_jax.tokenizer.content import content_vectors
 from onerec_jax.tokenizer.kmeans import k_means, nearest
 from onerec_jax.tokenizer.quantizer import Arrays, checked, codebooks, quantizer, with_codebooks
+from onerec_jax.tokenizer.runs import place_in_run
 from onerec_jax.tokenizer.semantic_ids import SemanticIds, resolve_priority
 from onerec_jax.tokenizer.trie import Trie
 
@@ -76,9 +77,8 @@ def _continued(former: np.ndarray, quantized: np.ndarray) -> np.ndarray:
 def _place_within(group: np.ndarray) -> np.ndarray:
     """0, 1, 2, … for the elements of each group of int [N], in their order."""
     order = np.argsort(group, kind="stable")
-    first = np.searchsorted(group[order], group[order])
     place = np.empty(len(group), np.int64)
-    place[order] = np.arange(len(group)) - first
+    place[order] = place_in_run(group[order])
     return place
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from onerec_jax.tokenizer.runs import place_in_run
+
 _TILE = 32  # vectors of one group scored in one matrix product
 
 
@@ -26,10 +28,7 @@ def _tiles(rows: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """Rows [P] of groups [P] in tiles of one group each: rows int [T,_TILE], the last of a tile repeated; groups [T]."""
     order = np.argsort(group, kind="stable")
     rows, group = rows[order], group[order]
-    first = np.flatnonzero(np.diff(group, prepend=-1))
-    length = np.diff(first, append=len(group))
-    position = np.arange(len(group)) - np.repeat(first, length)
-    start = np.flatnonzero(position % _TILE == 0)
+    start = np.flatnonzero(place_in_run(group) % _TILE == 0)
     length = np.diff(start, append=len(group))
     return rows[start[:, None] + np.minimum(np.arange(_TILE), length[:, None] - 1)], group[start]
 
@@ -94,7 +93,7 @@ def _reseed(centroids: np.ndarray, members: np.ndarray, points: np.ndarray, grou
     rows = np.flatnonzero((members == 0).any(1)[group] & (distance > 0))
     rows = rows[np.lexsort((-distance[rows], group[rows]))]
     begin = np.searchsorted(group[rows], empty_group)
-    place = np.arange(len(empty_group)) - np.searchsorted(empty_group, empty_group)
+    place = place_in_run(empty_group)
     found = begin + place < np.searchsorted(group[rows], empty_group, side="right")
     source = rows[(begin + place)[found]]
     centroids[empty_group[found], empty_code[found]] = points[source]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from onerec_jax.tokenizer.kmeans_start import plus_plus
+from onerec_jax.tokenizer.balanced_kmeans import balanced_assignment, balanced_k_means
+from onerec_jax.tokenizer.runs import place_in_run
 
 _GROUPS = 10  # groups of codes per codebook, as in the authors' code
 _ITERATIONS = 10
@@ -40,36 +41,15 @@ class Groups(NamedTuple):
     position: jax.Array  # its place in the group
 
 
-def _balanced(distances: np.ndarray) -> np.ndarray:
-    """Groups int [K] by distances [K,G], none larger than ceil(K / G): a full one keeps those that are nearest."""
-    codes, groups = distances.shape
-    group, room = np.full(codes, -1), np.full(groups, -(-codes // groups))
-    while (group < 0).any():  # each round places all codes or fills a group
-        free = np.flatnonzero(group < 0)
-        wanted = np.where(room > 0, distances[free], np.inf).argmin(1)
-        for number in np.unique(wanted):
-            asking = free[wanted == number]
-            taken = asking[np.argsort(distances[asking, number], kind="stable")][: room[number]]
-            group[taken] = number
-            room[number] -= len(taken)
-    return group
-
-
 def group_codes(book: np.ndarray, seed: int | tuple[int, ...]) -> Groups:
-    """Constrained k-means of the codes of a codebook float32 [K,E] into groups of about equal size."""
+    """Balanced k-means of the codes of a codebook float32 [K,E] into groups whose sizes differ by at most one."""
     count = max(1, min(_GROUPS, len(book) // 2))
-    centres = plus_plus(book, count, seed)
-    group = np.zeros(len(book), int)
-    for _ in range(_ITERATIONS):
-        group = _balanced(((book[:, None] - centres) ** 2).sum(2))
-        centres = np.stack(
-            [book[group == number].mean(0) if (group == number).any() else centres[number] for number in range(count)]
-        )
+    group = balanced_assignment(book, balanced_k_means(book, count, _ITERATIONS, seed, len(book)))
     order = np.argsort(group, kind="stable")
     size = np.bincount(group, minlength=count)
     first = np.cumsum(size) - size
     position = np.empty(len(book), int)
-    position[order] = np.arange(len(book)) - first[group[order]]
+    position[order] = place_in_run(group[order])
     return Groups(*(jnp.asarray(array, jnp.int32) for array in (order, first[group], size[group], position)))
 
 

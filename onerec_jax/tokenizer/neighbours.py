@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from onerec_jax.tokenizer.runs import place_in_run
+
 _SCORES_AT_ONCE = 1 << 24  # similarities held in memory; bounds memory, not the result
 
 
@@ -61,7 +63,7 @@ def co_clicked_neighbours(co_occurrence: sparse.csr_matrix, queries: np.ndarray,
     query, item, count = query[counted], item[counted], np.asarray(cells.data[counted], np.float64)
     order = np.lexsort((item, -count, query))
     query, item = query[order], item[order]
-    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    rank = place_in_run(query)
     found = np.full((len(queries), n), -1, np.int64)
     found[query[rank < n], rank[rank < n]] = item[rank < n]
     return found

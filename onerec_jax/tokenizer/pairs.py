@@ -16,6 +16,7 @@ from scipy import sparse
 from onerec_jax.config import AlignmentConfig
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer.content import co_occurrence
+from onerec_jax.tokenizer.runs import place_in_run
 
 if TYPE_CHECKING:
     from onerec_jax.data.store import Dataset
@@ -58,12 +59,6 @@ def positive_log(dataset: Dataset) -> PositiveLog:
     return PositiveLog(*(np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True)))
 
 
-def _rank(groups: np.ndarray) -> np.ndarray:
-    """The number 0, 1, 2, ... of each element within its run of equal values."""
-    start = np.flatnonzero(np.diff(groups, prepend=-1))
-    return np.arange(len(groups)) - np.repeat(start, np.diff(start, append=len(groups)))
-
-
 def _incidence(log: PositiveLog, num_items: int, num_users: int, users_per_item: int) -> sparse.csr_matrix:
     """0/1 matrix [U,I] of who has what, of each item its latest `users_per_item` users alone (ties: the higher row)."""
     order = np.lexsort((-log.timestamp_ms, -log.user, log.item))
@@ -72,7 +67,7 @@ def _incidence(log: PositiveLog, num_items: int, num_users: int, users_per_item:
     item, user, time = item[first], user[first], time[first]
     order = np.lexsort((-user, -time, item))
     item, user = item[order], user[order]
-    kept = _rank(item) < users_per_item
+    kept = place_in_run(item) < users_per_item
     ones = np.ones(int(kept.sum()), np.float32)
     return sparse.csr_matrix((ones, (user[kept], item[kept])), shape=(num_users, num_items))
 
@@ -92,7 +87,7 @@ def strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
     """The `most` largest entries of every row; of equal ones those of the lower columns."""
     cells = sparse.coo_matrix(matrix)
     order = np.lexsort((cells.col, -np.asarray(cells.data, np.float64), cells.row))
-    kept = order[_rank(cells.row[order]) < most]
+    kept = order[place_in_run(cells.row[order]) < most]
     return sparse.csr_matrix((cells.data[kept], (cells.row[kept], cells.col[kept])), shape=matrix.shape)
 
 

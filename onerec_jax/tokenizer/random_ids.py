@@ -97,15 +97,7 @@ def decode(arrays: Arrays, codes: np.ndarray) -> np.ndarray:
     for length in range(codes.shape[1] + 1):
         node = trie.find(codes[:, :length])
         known = node >= 0
-        bounds = _first_ids(trie, length)
+        bounds = trie.leaf_starts(length)
         low, high = bounds[node[known]], bounds[node[known] + 1]
         vectors[known] = (total[high] - total[low]) / (seen[high] - seen[low])[:, None]
     return vectors
-
-
-def _first_ids(trie: Trie, depth: int) -> np.ndarray:
-    """The first ID under each node of a depth, and at last the number of IDs."""
-    first = np.arange(2) if depth == 0 else np.arange(len(trie.token[depth - 1]) + 1)
-    for start in trie.child_start[depth:]:
-        first = start[first]
-    return first

@@ -18,7 +18,7 @@ from onerec_jax.tokenizer import alignment
 from onerec_jax.tokenizer.content import train_co_occurrence
 from onerec_jax.tokenizer.item_map import plane
 from onerec_jax.tokenizer.neighbours import neighbour_recall
-from onerec_jax.tokenizer.quality import reconstruction
+from onerec_jax.tokenizer.quality import level_usage, reconstruction
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 if TYPE_CHECKING:
@@ -100,10 +100,8 @@ def contents(ids: SemanticIds, dataset: Dataset, vectors: np.ndarray) -> dict[st
 
 def node_bounds(ids: SemanticIds) -> list[np.ndarray]:
     """For each depth 0 to C of the trie, where the items of each node start in `trie.items`, and the end of the last."""
-    bounds = [ids.trie.item_start.astype(np.int64)]
-    for starts in reversed(ids.trie.child_start):
-        bounds.append(bounds[-1][starts])
-    return bounds[::-1]
+    item_start = ids.trie.item_start.astype(np.int64)
+    return [item_start[ids.trie.leaf_starts(depth)] for depth in range(ids.trie.levels + 1)]
 
 
 def level_use(column: np.ndarray, size: int) -> dict[str, Any]:
@@ -116,12 +114,10 @@ def level_use(column: np.ndarray, size: int) -> dict[str, Any]:
     points = np.unique(np.linspace(0, size - 1, min(size, _CURVE_POINTS)).round().astype(np.int64))
     width = -(-int(used[0]) // _HISTOGRAM_BARS)
     bars = np.bincount(-(-used // width))  # bar 0: the unused, bar b: more than (b - 1) width and up to b width
-    share = used[used > 0] / len(column)
-    entropy = float(-(share * np.log(share)).sum())
     return {
         "codes": size,
         "used": int((used > 0).sum()),
-        "entropy": max(0.0, entropy),
+        "entropy": level_usage(column, size)["entropy"],
         "ceiling": float(np.log(size)),
         "largest": int(used[0]),
         "curve": [points.tolist(), used[points].tolist()],

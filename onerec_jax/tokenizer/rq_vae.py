@@ -22,10 +22,10 @@ import optax
 
 from onerec_jax.config import RQVAE
 from onerec_jax.errors import InputError
-from onerec_jax.tokenizer import autoencoder, letter
+from onerec_jax.tokenizer import autoencoder, letter, rq_kmeans
 from onerec_jax.tokenizer.autoencoder import mlp
 from onerec_jax.tokenizer.kmeans import k_means, nearest
-from onerec_jax.tokenizer.quantizer import Arrays, Fitted, Items, check_codes, checked, codebooks, with_codebooks
+from onerec_jax.tokenizer.quantizer import Arrays, Fitted, Items, checked, with_codebooks
 
 _ROUNDS = 8  # a code that moves may take the last item of another
 
@@ -253,12 +253,8 @@ def encode(arrays: Arrays, vectors: np.ndarray, batch_size: int = 65_536) -> np.
         InputError: a value is not finite, or the width is not that of the fitted vectors.
     """
     rows = autoencoder.standardised(arrays, checked(vectors))
-    residual, books = autoencoder.outputs(autoencoder.as_layers("encoder", arrays), rows, batch_size), codebooks(arrays)
-    codes = np.empty((len(residual), len(books)), np.int32)
-    for level, book in enumerate(books):
-        codes[:, level] = nearest(residual, book, batch_size)[0]
-        residual = residual - book[codes[:, level]]
-    return codes
+    latent = autoencoder.outputs(autoencoder.as_layers("encoder", arrays), rows, batch_size)
+    return rq_kmeans.encode(arrays, latent, batch_size)
 
 
 def decode(arrays: Arrays, codes: np.ndarray, batch_size: int = 65_536) -> np.ndarray:
@@ -267,10 +263,6 @@ def decode(arrays: Arrays, codes: np.ndarray, batch_size: int = 65_536) -> np.nd
     Raises:
         InputError: a code outside its codebook.
     """
-    books = codebooks(arrays)
-    check_codes(codes, tuple(map(len, books)))
-    latent = np.zeros((len(codes), books[0].shape[1]), np.float32)
-    for column, book in zip(codes.T, books, strict=False):
-        latent += book[column]
+    latent = rq_kmeans.decode(arrays, codes)
     decoded = autoencoder.outputs(autoencoder.as_layers("decoder", arrays), latent, batch_size)
     return decoded * arrays["scale"] + arrays["mean"]

@@ -68,6 +68,13 @@ class Trie:
             node = np.where(known, low, -1)
         return node
 
+    def leaf_starts(self, depth: int) -> np.ndarray:
+        """The first leaf under each node of a depth, 0 to C, and at last the number of leaves; int [nodes + 1]."""
+        first = np.arange(2 if depth == 0 else len(self.token[depth - 1]) + 1)
+        for start in self.child_start[depth:]:
+            first = start[first]
+        return first
+
     def leaf_items(self, leaf: int) -> np.ndarray:
         """Item rows int32 of one leaf, in the order in which they are served."""
         return self.items[self.item_start[leaf] : self.item_start[leaf + 1]]

@@ -79,3 +79,30 @@ def test_arrays_are_int32_and_items_a_permutation():
     arrays = (*trie.child_start, *trie.token, trie.item_start, trie.items)
     assert {str(array.dtype) for array in arrays} == {"int32"}
     assert sorted(trie.items.tolist()) == list(range(100))
+
+
+@settings(max_examples=50, deadline=None)
+@given(catalogues())
+def test_codes_too_large_to_be_packed_into_one_number_give_the_same_trie(catalogue):
+    codes, priority = catalogue
+    small, large = Trie.build(codes, priority), Trie.build(codes * 2**28, priority)
+    assert large.items.tolist() == small.items.tolist() and large.item_start.tolist() == small.item_start.tolist()
+    for depth in range(codes.shape[1]):
+        assert large.child_start[depth].tolist() == small.child_start[depth].tolist()
+        assert large.token[depth].tolist() == (small.token[depth] * 2**28).tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(catalogues())
+def test_children_and_leaves_of_a_node_are_those_with_its_prefix(catalogue):
+    codes, priority = catalogue
+    trie, ids = Trie.build(codes, priority), sorted({tuple(row) for row in codes.tolist()})
+    for depth in range(codes.shape[1] + 1):
+        prefixes = sorted({row[:depth] for row in ids}) or [()] * (depth == 0)
+        starts = trie.leaf_starts(depth)
+        for node, prefix in enumerate(prefixes):
+            assert ids[starts[node] : starts[node + 1]] == [row for row in ids if row[:depth] == prefix]
+            if depth < codes.shape[1]:
+                first, last = trie.children(depth, np.array([node]))
+                codes_below = sorted({row[depth] for row in ids if row[:depth] == prefix})
+                assert trie.token[depth][first[0] : last[0]].tolist() == codes_below

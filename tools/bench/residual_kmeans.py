@@ -15,20 +15,12 @@ import time
 
 import faiss
 import numpy as np
+from kmeans import BATCH, overlapping_clusters
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from onerec_jax.tokenizer.kmeans import Precision, k_means, nearest
-
-BATCH = 65_536
-
-
-def overlapping_clusters(rows: int, width: int, codes: int) -> np.ndarray:
-    """Gaussian clusters float32 [rows,width], half as many as codes and wide enough to overlap."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(max(1, codes // 2), width))
-    return (centres[rng.integers(0, len(centres), rows)] + 0.7 * rng.normal(size=(rows, width))).astype(np.float32)
 
 
 def with_faiss(vectors: np.ndarray, codes: int, iterations: int, seed: int) -> np.ndarray:
