@@ -11,27 +11,28 @@ Axis letters: N rows, D width, K codes, B rows of a batch, T rows of a tile.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from onerec_jax.tokenizer.assignment import Precision, assign
 from onerec_jax.tokenizer.kmeans_start import plus_plus
+from onerec_jax.tokenizer.relocation import relocate, reseed
 
-__all__ = ["Residuals", "Rows", "k_means", "lloyd", "nearest", "plus_plus"]
-
-Precision = Literal["float32", "bfloat16"]
+__all__ = ["Precision", "Residuals", "Rows", "k_means", "lloyd", "nearest", "plus_plus"]
 
 _CPU_TILE = 256  # rows scored at once on a CPU: their scores against a few thousand codes stay in the core's cache
 _DEVICE_TILE = 8192
-_GROUP = 32  # XLA's argmin is scalar on CPU: minima over groups of codes first, then argmin inside one group
-_CANDIDATES = 3  # codes of the best bfloat16 scores whose distances are taken again in float32
-_AHEAD = 2  # batches in flight, so that reading overlaps with computing and memory stays bounded
+_CPU_BATCH = 8192  # a matrix product inside a loop has one thread on a CPU: batches are the unit that is run in parallel
+_AHEAD = 2  # batches read before they are needed, so that reading overlaps with computing and memory stays bounded
 
 
 class Rows(Protocol):
@@ -67,8 +68,12 @@ class _Batch(NamedTuple):
     count: int  # real rows
 
 
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
 def _tile() -> int:
-    return _CPU_TILE if jax.default_backend() == "cpu" else _DEVICE_TILE
+    return _CPU_TILE if _on_cpu() else _DEVICE_TILE
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def _mesh() -> Mesh:
 
 def _batches(vectors: Rows, batch_size: int) -> Iterator[_Batch]:
     total, devices = int(vectors.shape[0]), _mesh().devices.size
-    size = min(batch_size, total)
+    size = min(batch_size, total, *([_CPU_BATCH * devices] if _on_cpu() else []))
     unit = devices * (_tile() if size > _tile() * devices else 1)
     size += -size % unit
     sharding = NamedSharding(_mesh(), PartitionSpec("rows"))
@@ -86,68 +91,6 @@ def _batches(vectors: Rows, batch_size: int) -> Iterator[_Batch]:
         rows = np.asarray(vectors[start : min(start + size, total)], np.float32)
         padded = np.pad(rows, ((0, size - len(rows)), (0, 0))) if len(rows) < size else rows
         yield _Batch(jax.device_put(padded, sharding), len(rows))
-
-
-def _score(rows_TxD: jax.Array, codes_KxD: jax.Array, half_norm_K: jax.Array, precision: Precision) -> jax.Array:
-    """||c||^2 / 2 - x.c [T,K], which orders codes as the distance does."""
-    if precision == "bfloat16":
-        low = (rows_TxD.astype(jnp.bfloat16), codes_KxD.astype(jnp.bfloat16))
-        return half_norm_K - jnp.einsum("td,kd->tk", *low, preferred_element_type=jnp.float32)
-    return half_norm_K - jnp.einsum("td,kd->tk", rows_TxD, codes_KxD, precision=jax.lax.Precision.HIGHEST)
-
-
-def _best(score_TxGxC: jax.Array) -> jax.Array:
-    """The code int32 [T] of the least score of group member g, column c: code c G + g, ties to the lowest."""
-    column = jnp.argmin(score_TxGxC.min(1), axis=1)
-    inside = jnp.take_along_axis(score_TxGxC, column[:, None, None], axis=2)[..., 0]
-    return (column * _GROUP + jnp.argmin(inside, axis=1)).astype(jnp.int32)
-
-
-def _best_few(score_TxGxC: jax.Array, count: int) -> jax.Array:
-    """The best codes of the best `count` columns, int32 [T,count], up to 2^-18 of the scores.
-
-    The five lowest bits of a score give way to the number of the group's member, so that one minimum finds both.
-    """
-    bits = jax.lax.bitcast_convert_type(score_TxGxC, jnp.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    least = ((ordered & -_GROUP) | jnp.arange(_GROUP, dtype=jnp.int32)[:, None]).min(1)
-    columns, found = jnp.arange(least.shape[1]), []
-    for _ in range(count):
-        column = jnp.argmin(least, axis=1)
-        member = jnp.take_along_axis(least, column[:, None], axis=1)[:, 0] & (_GROUP - 1)
-        found.append((column * _GROUP + member).astype(jnp.int32))
-        least = jnp.where(columns == column[:, None], jnp.iinfo(jnp.int32).max, least)
-    return jnp.stack(found, axis=1)
-
-
-def _assign(rows_BxD: jax.Array, centroids_KxD: jax.Array, precision: Precision) -> jax.Array:
-    """The nearest centroid int32 [B] of each row, ties to the lowest code.
-
-    Codes are laid out in columns of `_GROUP` consecutive ones, so that the minima of all columns are elementwise minima
-    of vectors; only one column is searched. In bfloat16 the best codes of the best columns are compared in float32.
-    """
-    size, width = centroids_KxD.shape
-    origin = centroids_KxD.mean(0)  # distances do not depend on it, and near it the expansion loses no digits
-    book = jnp.pad(centroids_KxD - origin, ((0, -size % _GROUP), (0, 0)))
-    half_norm = jnp.where(jnp.arange(len(book)) < size, 0.5 * jnp.sum(book**2, 1), jnp.inf)
-    columns = len(book) // _GROUP
-    by_column = book.reshape(columns, _GROUP, width).transpose(1, 0, 2).reshape(-1, width)
-    norm_by_column = half_norm.reshape(columns, _GROUP).T.reshape(-1)
-
-    def tile(rows_TxD: jax.Array) -> jax.Array:
-        centred = rows_TxD - origin
-        score = _score(centred, by_column, norm_by_column, precision).reshape(-1, _GROUP, columns)
-        if precision == "float32":
-            return _best(score)
-        codes = jnp.sort(_best_few(score, min(_CANDIDATES, columns)), axis=1)
-        dots = jnp.einsum("td,tjd->tj", centred, book[codes], precision=jax.lax.Precision.HIGHEST)
-        least = jnp.argmin(half_norm[codes] - dots, axis=1)
-        return jnp.take_along_axis(codes, least[:, None], axis=1)[:, 0]
-
-    size = min(_tile(), len(rows_BxD))
-    if len(rows_BxD) % size:
-        return tile(rows_BxD)
-    return jax.lax.map(tile, rows_BxD.reshape(-1, size, width)).reshape(-1)
 
 
 def _on_all_devices(function: Callable, inputs: tuple, outputs: tuple) -> Callable:
@@ -158,32 +101,30 @@ def _on_all_devices(function: Callable, inputs: tuple, outputs: tuple) -> Callab
 def _assign_batch(precision: Precision) -> Callable:
     """(rows [B,D], centroids [K,D]) -> codes int32 [B], squared distances float32 [B]."""
 
-    def assign(rows: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        codes = _assign(rows, centroids, precision)
+    def nearest_of(rows: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes = assign(rows, centroids, precision, _tile())
         return codes, jnp.sum((rows - centroids[codes]) ** 2, 1)
 
     split, whole = PartitionSpec("rows"), PartitionSpec()
-    return _on_all_devices(assign, (split, whole), (split, split))
+    return _on_all_devices(nearest_of, (split, whole), (split, split))
 
 
 @functools.cache
 def _lloyd_batch(precision: Precision) -> Callable:
-    """(rows, row numbers [B], count, centroids) -> moved [K,D], members int32 [K], squared distances [B].
+    """(rows, row numbers [B], count, centroids) -> moved [K,D], codes int32 [B], squared distances [B].
 
     `moved` is the sum of (row - centroid) over the first `count` rows: small numbers, whose sums lose no digits.
     """
 
     def step(rows: jax.Array, number: jax.Array, count: jax.Array, centroids: jax.Array):
-        size = len(centroids)
-        codes = _assign(rows, centroids, precision)
+        codes = assign(rows, centroids, precision, _tile())
         away = rows - centroids[codes]
-        segment = jnp.where(number < count, codes, size)  # segment_sum drops what lies outside
-        moved = jax.ops.segment_sum(away, segment, size)
-        members = jax.ops.segment_sum(jnp.ones(len(rows), jnp.int32), segment, size)
-        return *jax.lax.psum((moved, members), "rows"), jnp.sum(away**2, 1)
+        segment = jnp.where(number < count, codes, len(centroids))  # segment_sum drops what lies outside
+        moved = jax.ops.segment_sum(away, segment, len(centroids))
+        return jax.lax.psum(moved, "rows"), codes, jnp.sum(away**2, 1)
 
     split, whole = PartitionSpec("rows"), PartitionSpec()
-    return _on_all_devices(step, (split, split, whole, whole), (whole, whole, split))
+    return _on_all_devices(step, (split, split, whole, whole), (whole, split, split))
 
 
 def nearest(
@@ -211,52 +152,54 @@ def nearest(
 
 
 def _in_flight(vectors: Rows, batch_size: int, function: Callable[[_Batch], Any]) -> Iterator[tuple[_Batch, Any]]:
-    """function(batch) of every batch, in order; the next batches are read while one is computed."""
-    pending: collections.deque[tuple[_Batch, Any]] = collections.deque()
-    for batch in _batches(vectors, batch_size):
-        pending.append((batch, function(batch)))
-        if len(pending) > _AHEAD:
-            yield pending.popleft()
-    yield from pending
+    """function(batch) of every batch, in order; the next batches are read while some are computed."""
+    workers = len(os.sched_getaffinity(0)) if _on_cpu() else 1
 
+    def ready(batch: _Batch) -> tuple[_Batch, Any]:
+        return batch, jax.block_until_ready(function(batch))
 
-def _reseed(centroids: np.ndarray, members: np.ndarray, vectors: Rows, distances: np.ndarray) -> None:
-    """Moves each empty code to one of the vectors farthest from their centroids, no two to the same vector."""
-    empty = np.flatnonzero(members == 0)
-    if not empty.size:
-        return
-    farthest = np.argsort(-distances, kind="stable")[: 4 * empty.size]
-    farthest = farthest[distances[farthest] > 0]
-    ordered = np.sort(farthest)
-    rows = np.asarray(vectors[ordered], np.float32)[np.searchsorted(ordered, farthest)]
-    _, first = np.unique(rows, axis=0, return_index=True)
-    chosen = np.sort(first)[: empty.size]
-    centroids[empty[: chosen.size]] = rows[chosen]
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        for batch in _batches(vectors, batch_size):
+            pending.append(pool.submit(ready, batch))
+            if len(pending) >= workers + _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def lloyd(
-    vectors: Rows, centroids: np.ndarray, iterations: int, batch_size: int, precision: Precision = "float32"
+    vectors: Rows,
+    centroids: np.ndarray,
+    iterations: int,
+    batch_size: int,
+    precision: Precision = "float32",
+    relocating: float = 0.7,
 ) -> np.ndarray:
-    """Lloyd's iterations from given centroids float32 [K,D]; codes without members are re-seeded after each.
+    """Lloyd's iterations from given centroids float32 [K,D].
 
-    A code that no distinct vector is left for stays where it was, without members.
+    After each of the first `relocating` of the iterations codes that hardly serve move to where they serve better
+    (`relocate`); the others let them settle. A code without members is re-seeded after any, and stays where it was if no distinct vector is left for it.
     """
-    centroids, step = centroids.copy(), _lloyd_batch(precision)
-    distances = np.empty(int(vectors.shape[0]), np.float32)
-    for _ in range(iterations):
+    centroids, step, total = centroids.copy(), _lloyd_batch(precision), int(vectors.shape[0])
+    codes, distances = np.empty(total, np.int32), np.empty(total, np.float32)
+    for iteration in range(iterations):
         book = jnp.asarray(centroids)
-        moved, members, at = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64), 0
+        moved, at = np.zeros(centroids.shape), 0
 
         def one(batch: _Batch, book: jax.Array = book) -> Any:
             return step(batch.rows, np.arange(len(batch.rows), dtype=np.int32), np.int32(batch.count), book)
 
-        for batch, (batch_moved, batch_members, batch_distances) in _in_flight(vectors, batch_size, one):
+        for batch, (batch_moved, *of_rows) in _in_flight(vectors, batch_size, one):
+            part = slice(at, at + batch.count)
             moved += np.asarray(batch_moved)
-            members += np.asarray(batch_members)
-            distances[at : at + batch.count] = np.asarray(batch_distances)[: batch.count]
-            at += batch.count
+            codes[part], distances[part] = (np.asarray(array)[: batch.count] for array in of_rows)
+            at = part.stop
+        members = np.bincount(codes, minlength=len(centroids))
         centroids += (moved / np.maximum(members, 1)[:, None]).astype(np.float32)
-        _reseed(centroids, members, vectors, distances)
+        early = iteration < relocating * (iterations - 1)
+        if not early or not relocate(centroids, vectors, codes, distances):
+            reseed(centroids, vectors, codes, distances)
     return centroids
 
 

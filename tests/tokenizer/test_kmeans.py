@@ -32,7 +32,8 @@ def planted(rng, clusters=12, per_cluster=30, width=8):
 def test_lloyd_equals_a_numpy_restatement_from_the_same_start():
     vectors = np.random.default_rng(0).normal(size=(360, 8)).astype(np.float32)
     start = vectors[:12]
-    np.testing.assert_allclose(lloyd(vectors, start, 5, 100), numpy_lloyd(vectors, start, 5), atol=1e-5)
+    found = lloyd(vectors, start, 5, 100, relocating=0)
+    np.testing.assert_allclose(found, numpy_lloyd(vectors, start, 5), atol=1e-5)
 
 
 def test_lloyd_leaves_the_start_it_was_given_untouched():
