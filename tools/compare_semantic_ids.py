@@ -5,8 +5,9 @@
     python tools/compare_semantic_ids.py beauty_small --seeds 3 --steps 300    and Recall@10 of one small model on each
 
 Every construction quantizes the same content vectors. The model of the last column is the same for all, with the same budget;
-items that share an ID get an extra level there. Results are kept in `comparison/RECIPE.json` as they come, so a run that was
-stopped goes on. Prints the table as Markdown. Overrides of the recipe may follow as KEY=VALUE.
+items that share an ID get an extra level there. Every result is kept in `comparison/RECIPE/` as it comes, so a run that was
+stopped goes on, and `--part 1/2` and `--part 2/2` share the work between two processes. Prints the table as Markdown, with the
+rank correlation of each figure with recall. Overrides of the recipe may follow as KEY=VALUE.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.store import Dataset
@@ -88,11 +91,10 @@ def trained_recall(recipe: Recipe) -> float:
     return evaluate(load_recommender(str(run)), lambda line: None).rows["model"]["R@10"]
 
 
-def row(name: str, found: dict[str, Any]) -> str:
+def row(name: str, found: dict[str, Any], recalls: list[float]) -> str:
     def numbers(values: list[float], digits: int) -> str:
         return " ".join(f"{value:.{digits}f}" for value in values)
 
-    recalls = list(found.get("recall", {}).values())
     spread = f" ± {np.std(recalls, ddof=1):.4f}" if len(recalls) > 1 else ""
     cells = [
         name,
@@ -108,51 +110,91 @@ def row(name: str, found: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+PREDICTORS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "unexplained variance": lambda found: found["unexplained"],
+    "utilisation, least of the levels": lambda found: min(found["utilisation"]),
+    "entropy of level 1": lambda found: found["entropy"][0],
+    "entropy, mean of the levels": lambda found: float(np.mean(found["entropy"])),
+    "items that share an ID": lambda found: found["collisions"],
+    "content neighbours at 1 code": lambda found: found["content"][0],
+    "content neighbours at 2 codes": lambda found: found["content"][1],
+    "co-clicked neighbours at 1 code": lambda found: found["co_clicked"][0],
+    "co-clicked neighbours at 2 codes": lambda found: found["co_clicked"][1],
+}
+
+
+def predictors(figures_of: dict[str, dict[str, Any]], recall_of: dict[str, list[float]]) -> list[str]:
+    """Spearman's rank correlation of each figure with mean recall, over the constructions that have both."""
+    lines = ["| figure | rank correlation with Recall@10 |", "|---|---|"]
+    for name, figure in PREDICTORS.items():
+        pairs = [(figure(figures_of[key]), np.mean(recalls)) for key, recalls in recall_of.items() if recalls]
+        known = [(value, recall) for value, recall in pairs if value is not None]
+        if len(known) > 2 and len({value for value, _ in known}) > 1:
+            lines.append(f"| {name} | {spearmanr(*zip(*known, strict=True)).statistic:+.2f} |")
+    return lines if len(lines) > 2 else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", type=int, default=0, help="models trained per construction")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each")
+    parser.add_argument("--part", default="1/1", help="which part of the missing results this process makes: I/N")
     parser.add_argument("--only", default="", help="constructions whose name contains this")
     given = parser.parse_args()
     base = load_recipe(given.recipe, given.overrides)
     dataset = Dataset(base.dataset_directory)
     co_occurrence = train_co_occurrence(dataset)
-    path = Path("comparison") / f"{base.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    folder = Path("comparison") / base.name
+    folder.mkdir(parents=True, exist_ok=True)
     chosen = {name: changes for name, changes in CONSTRUCTIONS.items() if given.only in name}
+    part, parts = map(int, given.part.split("/"))
+
+    def kept(file: Path, make: Callable[[], Any]) -> Any:
+        """What a file holds; made first where it is missing and its turn is this process'."""
+        nonlocal turn
+        turn += 1
+        if not file.exists():
+            if turn % parts != part % parts:
+                return None
+            file.write_text(json.dumps(make(), indent=1) + "\n")
+            print(f"{file.stem}: {file.read_text()}", flush=True)
+        return json.loads(file.read_text())
+
+    turn = 0
+    figures_of, recall_of = {}, {name: [] for name in chosen}
     for name, changes in chosen.items():
         recipe = load_recipe(given.recipe, [*given.overrides, *changes])
-        if name not in results:
-            results[name] = figures(recipe, dataset, co_occurrence)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            print(row(name, results[name]), flush=True)
+        figures_of[name] = kept(folder / f"{_file(name)}.json", lambda r=recipe: figures(r, dataset, co_occurrence))
     for seed in range(given.seeds):
         for name, changes in chosen.items():
-            recalls = results[name].setdefault("recall", {})
-            if str(seed) in recalls:
-                continue
-            folder = name.replace(" ", "_").replace(",", "")
+            own = f"{_file(name)}_{seed}"
             recipe = load_recipe(
                 given.recipe,
                 [
                     *given.overrides, *SMALL_MODEL, *changes, f"seed={seed}", f"train.steps={given.steps}",
-                    "tokenizer.dedup=extra_level", f"name=comparison_{folder}_{seed}", f"runs={path.parent}/runs",
-                    f"data.directory={base.dataset_directory}", f"tokenizer.directory={path.parent}/ids/{folder}_{seed}",
+                    "tokenizer.dedup=extra_level", f"name=comparison_{own}", f"runs={folder}/runs",
+                    f"data.directory={base.dataset_directory}", f"tokenizer.directory={folder}/ids/{own}",
                 ],
             )  # fmt: skip
-            recalls[str(seed)] = trained_recall(recipe)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name}, seed {seed}: Recall@10 {recalls[str(seed)]:.4f}", flush=True)
+            recall = kept(folder / f"{own}_{given.steps}.json", lambda r=recipe: trained_recall(r))
+            if recall is not None:
+                recall_of[name].append(recall)
+    if parts > 1:
+        return
     head = (
         "construction", "unexplained variance", "utilisation", "entropy, nats", "items that share an ID",
         "content neighbours at 1, 2 codes", "co-clicked neighbours at 1, 2 codes", "fit, s", "Recall@10",
     )  # fmt: skip
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name in chosen:
-        print(row(name, results[name]))
+        print(row(name, figures_of[name], recall_of[name]))
+    print("\n".join(["", *predictors(figures_of, recall_of)]))
+
+
+def _file(name: str) -> str:
+    return name.replace(" ", "_").replace(",", "")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Scores of all codes are taken in bfloat16, which matrix units compute many times
 compared again in float32. With precision "float32" a bound on the error of the scores proves for nearly every row that no
 other code can be nearer; the rows it does not prove are scored again in float32. So the code is the one that float32 finds.
 
-Axis letters: B rows of a batch, T rows of a tile, D width, K codes, C columns of `_GROUP` consecutive codes, M candidates.
+Axis letters: B rows of a batch, T rows of a tile, D width, K codes, C columns of G consecutive codes, M candidates.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import jax.numpy as jnp
 
 Precision = Literal["float32", "bfloat16"]
 
-_GROUP = 32  # the number of a code in its column takes the 5 lowest bits of its score
+_COLUMNS = 64  # at least, if there are as many codes
+_MOST_MEMBERS = 64  # of a column; the number of a code in its column takes the 6 lowest bits of its score
 _CANDIDATES = 3  # codes compared again in float32
+_AGAIN = 64  # rows scored again at once
 _FEW_CODES = 1024  # below, float32 scores cost no more than the comparisons
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class _Book(NamedTuple):
-    """Centroids near the origin, by code and by member: row g C + c of the latter is code c `_GROUP` + g."""
+    """Centroids near the origin, by code and by member: row g C + c of the latter is code c G + g."""
 
     origin_D: jax.Array
     codes_KxD: jax.Array
@@ -35,6 +37,10 @@ class _Book(NamedTuple):
     half_norm_by_member_GxC: jax.Array
     greatest: jax.Array  # norm of a code
     greatest_rounding: jax.Array  # norm of what bfloat16 leaves of a code
+
+    @property
+    def members(self) -> int:
+        return self.half_norm_by_member_GxC.shape[0]
 
     @property
     def columns(self) -> int:
@@ -53,16 +59,17 @@ def _rounding(values: jax.Array) -> jax.Array:
 def _book(centroids_KxD: jax.Array) -> _Book:
     size, width = centroids_KxD.shape
     origin = centroids_KxD.mean(0)  # distances do not depend on it, and near it the expansion loses no digits
-    codes = jnp.pad(centroids_KxD - origin, ((0, -size % _GROUP), (0, 0)))
+    members = min(_MOST_MEMBERS, 1 << max(0, (size // _COLUMNS).bit_length() - 1))  # a power of two
+    codes = jnp.pad(centroids_KxD - origin, ((0, -size % members), (0, 0)))
     half_norm = jnp.where(jnp.arange(len(codes)) < size, 0.5 * jnp.sum(codes**2, 1), jnp.inf)
-    by_member = codes.reshape(-1, _GROUP, width).transpose(1, 0, 2).reshape(-1, width)
+    by_member = codes.reshape(-1, members, width).transpose(1, 0, 2).reshape(-1, width)
     return _Book(
         origin,
         codes,
         half_norm,
         by_member,
         by_member.astype(jnp.bfloat16),
-        half_norm.reshape(-1, _GROUP).T,
+        half_norm.reshape(-1, members).T,
         _norm(codes).max(),
         _norm(_rounding(codes)).max(),
     )
@@ -78,7 +85,10 @@ def _scores(rows_TxD: jax.Array, book: _Book, precision: Precision) -> list[jax.
         dots = jnp.einsum("td,kd->tk", *low, preferred_element_type=jnp.float32)
     else:
         dots = jnp.einsum("td,kd->tk", rows_TxD, book.by_member_KxD, precision=_HIGHEST)
-    return [book.half_norm_by_member_GxC[g] - dots[:, g * book.columns : (g + 1) * book.columns] for g in range(_GROUP)]
+    return [
+        book.half_norm_by_member_GxC[g] - dots[:, g * book.columns : (g + 1) * book.columns]
+        for g in range(book.members)
+    ]
 
 
 def _fold(merge: Callable, values: list):
@@ -95,7 +105,7 @@ def _exact(rows_TxD: jax.Array, book: _Book) -> jax.Array:
     # Inside the loops of an argmin, which are scalar, the minima would be too.
     column = jnp.argmin(jax.lax.optimization_barrier(_fold(jnp.minimum, scores)), axis=1)
     inside = jnp.stack([jnp.take_along_axis(score, column[:, None], axis=1)[:, 0] for score in scores], axis=1)
-    return (column * _GROUP + jnp.argmin(inside, axis=1)).astype(jnp.int32)
+    return (column * book.members + jnp.argmin(inside, axis=1)).astype(jnp.int32)
 
 
 def _ordered(values: jax.Array) -> jax.Array:
@@ -112,15 +122,17 @@ def _value(ordered: jax.Array) -> jax.Array:
 def _error(rows_TxD: jax.Array, book: _Book) -> jax.Array:
     """A bound [T] on the error of every bfloat16 score of a row, by Cauchy-Schwarz.
 
-    x.c - x'.c' = (x - x').c + x'.(c - c'), then the rounding of float32 sums and of the five bits that give way.
+    x.c - x'.c' = (x - x').c + x'.(c - c'), then the rounding of float32 sums and of the bits that give way.
     """
     row = _norm(rows_TxD)
-    digits = (rows_TxD.shape[1] + 64) * 2.0**-23
+    digits = (rows_TxD.shape[1] + 2 * _MOST_MEMBERS) * 2.0**-23
     of_factors = _norm(_rounding(rows_TxD)) * book.greatest + 1.01 * row * book.greatest_rounding
     return of_factors + digits * (row + book.greatest) * book.greatest
 
 
 def _pairs(values: list) -> list[tuple[jax.Array, jax.Array]]:
+    if len(values) == 1:
+        return [(values[0], jnp.full_like(values[0], jnp.iinfo(jnp.int32).max))]
     return [(jnp.minimum(*pair), jnp.maximum(*pair)) for pair in zip(values[::2], values[1::2], strict=True)]
 
 
@@ -132,14 +144,15 @@ def _two_least(one: tuple, other: tuple) -> tuple[jax.Array, jax.Array]:
 
 def _screened(rows_TxD: jax.Array, book: _Book, prove: bool) -> tuple[jax.Array, jax.Array]:
     """The nearest code int32 [T] by bfloat16 scores and a float32 comparison; whether it is proved [T]."""
-    packed = [(_ordered(score) & -_GROUP) | g for g, score in enumerate(_scores(rows_TxD, book, "bfloat16"))]
-    least, second = _fold(_two_least, _pairs(packed)) if prove else (_fold(jnp.minimum, packed), None)
+    ordered = [_ordered(score) for score in _scores(rows_TxD, book, "bfloat16")]
+    least = _fold(jnp.minimum, [(score & -book.members) | g for g, score in enumerate(ordered)])
+    second = _fold(_two_least, _pairs(ordered))[1] if prove else None
     least, second = jax.lax.optimization_barrier((least, second))
     first, columns, found = least, jnp.arange(book.columns), []
     for _ in range(min(_CANDIDATES, book.columns)):
         column = jnp.argmin(least, axis=1)
-        member = jnp.take_along_axis(least, column[:, None], axis=1)[:, 0] & (_GROUP - 1)
-        found.append((column * _GROUP + member).astype(jnp.int32))
+        member = jnp.take_along_axis(least, column[:, None], axis=1)[:, 0] & (book.members - 1)
+        found.append((column * book.members + member).astype(jnp.int32))
         least = jnp.where(columns == column[:, None], jnp.iinfo(jnp.int32).max, least)
     candidates = jnp.stack(found, axis=1)
     dots = jnp.einsum("td,tmd->tm", rows_TxD, book.codes_KxD[candidates], precision=_HIGHEST)
@@ -176,7 +189,7 @@ def assign(rows_BxD: jax.Array, centroids_KxD: jax.Array, precision: Precision, 
     codes, proved = _tiled(functools.partial(_screened, book=book, prove=precision == "float32"), rows, tile)
     if precision == "bfloat16":
         return codes
-    size = min(tile, len(rows))
+    size = min(_AGAIN, len(rows))
     doubtful = jnp.nonzero(~proved, size=len(rows) + size, fill_value=0)[0]
 
     def again(number: jax.Array, codes: jax.Array) -> jax.Array:

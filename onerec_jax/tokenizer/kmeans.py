@@ -31,7 +31,9 @@ __all__ = ["Precision", "Residuals", "Rows", "k_means", "lloyd", "nearest", "plu
 
 _CPU_TILE = 256  # rows scored at once on a CPU: their scores against a few thousand codes stay in the core's cache
 _DEVICE_TILE = 8192
-_CPU_BATCH = 8192  # a matrix product inside a loop has one thread on a CPU: batches are the unit that is run in parallel
+_CPU_BATCH = (
+    8192  # a matrix product inside a loop has one thread on a CPU: batches are the unit that is run in parallel
+)
 _AHEAD = 2  # batches read before they are needed, so that reading overlaps with computing and memory stays bounded
 
 
@@ -94,7 +96,8 @@ def _batches(vectors: Rows, batch_size: int) -> Iterator[_Batch]:
 
 
 def _on_all_devices(function: Callable, inputs: tuple, outputs: tuple) -> Callable:
-    return jax.jit(jax.shard_map(function, mesh=_mesh(), in_specs=inputs, out_specs=outputs))
+    options = {"xla_cpu_multi_thread_eigen": False} if _on_cpu() else None  # batches are what runs in parallel there
+    return jax.jit(jax.shard_map(function, mesh=_mesh(), in_specs=inputs, out_specs=outputs), compiler_options=options)
 
 
 @functools.cache
@@ -179,7 +182,8 @@ def lloyd(
     """Lloyd's iterations from given centroids float32 [K,D].
 
     After each of the first `relocating` of the iterations codes that hardly serve move to where they serve better
-    (`relocate`); the others let them settle. A code without members is re-seeded after any, and stays where it was if no distinct vector is left for it.
+    (`relocate`); the others let them settle. A code without members is re-seeded after any, and stays where it was if no
+    distinct vector is left for it.
     """
     centroids, step, total = centroids.copy(), _lloyd_batch(precision), int(vectors.shape[0])
     codes, distances = np.empty(total, np.int32), np.empty(total, np.float32)

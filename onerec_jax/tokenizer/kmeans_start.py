@@ -52,12 +52,12 @@ def _draw(rows_SxD: jax.Array, count: jax.Array, rounds_R: jax.Array, key: jax.A
 def plus_plus(vectors: Rows, size: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """Start centroids float32 [K,D]: rows drawn by squared distance to those drawn before.
 
-    Draws from a seeded sample of max(16384, 4 K) rows where there are more. The first 16 draws are k-means++; later ones
+    Draws from a seeded sample of max(8192, 2 K) rows where there are more. The first 16 draws are k-means++; later ones
     come in rounds of a sixteenth of those drawn so far, without replacement, which is one matrix product a round and
     costs nothing measurable after a few Lloyd iterations. With fewer distinct vectors than codes some centroids coincide.
     """
     rng = np.random.default_rng(seed)
-    total, most = int(vectors.shape[0]), max(16_384, 4 * size)
+    total, most = int(vectors.shape[0]), max(8192, 2 * size)
     sample = np.sort(rng.choice(total, most, replace=False)) if total > most else slice(0, total)
     rows = np.asarray(vectors[sample], np.float32)
     rounds = _rounds(size)

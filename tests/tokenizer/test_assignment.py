@@ -68,7 +68,10 @@ def test_the_error_bound_holds_and_is_not_idle():
         near = rows - np.asarray(book.origin_D)
         codes = np.asarray(book.codes_KxD, np.float64)[:CODES]
         exact = 0.5 * (codes**2).sum(1) - near.astype(np.float64) @ codes.T
-        low = [assignment._value(assignment._ordered(part) & -32) for part in assignment._scores(near, book, "bfloat16")]
+        low = [
+            assignment._value(assignment._ordered(part) & -book.members)
+            for part in assignment._scores(near, book, "bfloat16")
+        ]
         scores = np.stack(low, axis=2).reshape(ROWS, -1)[:, :CODES]
         error, bound = np.abs(scores - exact).max(1), np.asarray(assignment._error(jnp.asarray(near), book))
         assert (error <= bound).all()
