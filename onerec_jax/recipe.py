@@ -118,10 +118,27 @@ def _explain(error: ValidationError, origin: str) -> InputError:
     return InputError(f"{origin}: " + "; ".join(lines))
 
 
+def _with_default_kinds(values: Any, section: type[BaseModel] = Recipe) -> Any:
+    """Values in which a section that leaves out its `kind` has that of the default, if there is one."""
+    if not isinstance(values, dict):
+        return values
+    filled = dict(values)
+    for name, field in section.model_fields.items():
+        inner = values.get(name)
+        if not isinstance(inner, dict):
+            continue
+        if _kinds(field):
+            default = field.get_default(call_default_factory=True)
+            filled[name] = {"kind": default.kind, **inner} if isinstance(default, BaseModel) else inner
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            filled[name] = _with_default_kinds(inner, field.annotation)
+    return filled
+
+
 def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     """A checked recipe from plain values, or one `InputError` that lists every problem."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(_with_default_kinds(values))
     except ValidationError as error:
         raise _explain(error, origin) from None
 

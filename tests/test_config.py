@@ -170,7 +170,7 @@ def test_settings_that_do_not_fit_each_other_are_named_with_their_values(overrid
         ("3: 4\n" + SIMULATED, "unknown setting '3'"),
         ("data: {source: {kind: postgres}}\n", "'data.source' is {'kind': 'postgres'}"),
         ("data: {source: {users: 3}}\n", "'data.source.kind' is required"),
-        ("tokenizer: {quantizer: {latent: 3}}\n" + SIMULATED, "'tokenizer.quantizer.kind' is required"),
+        ("tokenizer: {quantizer: {latent: 3}}\n" + SIMULATED, "unknown setting 'tokenizer.quantizer.latent'"),
         ("tokenizer: {quantizer: 3}\n" + SIMULATED, "'tokenizer.quantizer' is 3"),
         ("tokenizer: 3\n" + SIMULATED, "'tokenizer' is 3"),
         ("tokenizer: {quantizer: {kind: rq_vae, hidden: [0]}}\n" + SIMULATED, "'tokenizer.quantizer.hidden.0' is 0"),
@@ -335,3 +335,9 @@ def test_folders_follow_from_the_name_unless_they_are_given():
     ]  # fmt: skip
     moved = load_recipe("quickstart", ["name=b", "runs=r", "data.directory=d", "tokenizer.directory=t"])
     assert [str(moved.dataset_directory), str(moved.tokenizer_directory), str(moved.run_directory)] == ["d", "t", "r/b"]
+
+
+def test_a_setting_of_the_default_kind_needs_no_kind():
+    recipe = load_recipe("beauty_small", ["tokenizer.quantizer.balanced_levels=[3]"])
+    assert recipe.tokenizer.quantizer.kind == "residual_kmeans"
+    assert recipe.tokenizer.quantizer.balanced_levels == (3,)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.store import Dataset
@@ -130,7 +130,8 @@ def predictors(figures_of: dict[str, dict[str, Any]], recall_of: dict[str, list[
         pairs = [(figure(figures_of[key]), np.mean(recalls)) for key, recalls in recall_of.items() if recalls]
         known = [(value, recall) for value, recall in pairs if value is not None]
         if len(known) > 2 and len({value for value, _ in known}) > 1:
-            lines.append(f"| {name} | {spearmanr(*zip(*known, strict=True)).statistic:+.2f} |")
+            ranks = [rankdata(column) for column in zip(*known, strict=True)]
+            lines.append(f"| {name} | {np.corrcoef(*ranks)[0, 1]:+.2f} |")
     return lines if len(lines) > 2 else []
 
 

@@ -177,7 +177,7 @@ def lloyd(
     iterations: int,
     batch_size: int,
     precision: Precision = "float32",
-    relocating: float = 0.7,
+    relocating: float = 0.8,
 ) -> np.ndarray:
     """Lloyd's iterations from given centroids float32 [K,D].
 

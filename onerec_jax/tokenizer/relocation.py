@@ -15,9 +15,9 @@ import numpy as np
 if TYPE_CHECKING:
     from onerec_jax.tokenizer.kmeans import Rows
 
-_FEW_MEMBERS = 0.3  # of the mean number
+_FEW_MEMBERS = 0.5  # of the mean number
 _MUCH_DISTORTION = 2.0  # of the mean over codes
-_NEAR = 0.25  # of the way from the centroid to a member: near enough for a share of the members, not for one only
+_NEAR = 0.05  # of the way from the centroid to a member: near enough for a share of the members, not for one only
 
 
 def relocate(centroids: np.ndarray, vectors: Rows, codes: np.ndarray, distances: np.ndarray) -> int:
