@@ -160,6 +160,20 @@ def run(recipe: RecipeName, overrides: Overrides = None) -> None:
         say(part)
 
 
+@app.command()
+def board(
+    name: Annotated[str, typer.Argument(help="a board of configs/boards/ by name, or a YAML file", metavar="BOARD")],
+    overrides: Overrides = None,
+    only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
+) -> None:
+    """Train and evaluate all rows of a board on all its seeds, or go on where it was stopped."""
+    from onerec_jax.evaluate.board import load_board, run_board
+
+    folder = run_board(load_board(name), overrides or [], only=only, report=say)
+    say((folder / "board.md").read_text())
+    say(f"board: {folder / 'board.html'}")
+
+
 def main() -> None:
     """Entry point of the `onerec` command."""
     try:

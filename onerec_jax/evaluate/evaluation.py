@@ -86,34 +86,52 @@ def _metrics(lists: np.ndarray, requests: Requests, dataset: Dataset, recipe: Re
     return chosen | {f"coverage@{k}": value(coverage(lists, k, dataset.num_items))}
 
 
-def evaluate(recommender: Recommender, report: Callable[[str], None] = print) -> Evaluation:
-    """Model and floors on the recipe's split; writes `evaluation.json` into the run."""
-    recipe, dataset = recommender.recipe, recommender.dataset
+def _protocol(requests: Requests, dataset: Dataset, recipe: Recipe) -> str:
     settings = recipe.evaluate
-    requests = collect_requests(dataset, recipe)
-    k = max(settings.ks)
-    seen = requests.context if settings.exclude_seen else None
-    measure = watch_time(dataset)
-    rows = {}
-
-    def add(name: str, lists: np.ndarray) -> None:
-        rows[name] = _metrics(lists, requests, dataset, recipe)
-        if measure is not None:
-            rows[name]["watch s"] = measure(requests, lists)
-
-    started = time.perf_counter()
-    add("model", recommender.recommend(requests.examples, seen, k, progress=True)[0])
-    report(f"beam search of {len(requests)} requests: {time.perf_counter() - started:.1f} s")
-    for name in track(settings.floors, "floors", transient=True):
-        add(name, floor_lists(name, dataset, requests, recipe, k))
-    if settings.free_examples:
-        rows["model"]["legal"] = recommender.legality(requests.examples[: settings.free_examples])
-    protocol = (
+    return (
         f"{settings.split}: {len(requests)} requests, {len(requests.relevant[0])} relevant pairs "
         f"({'positive events' if settings.targets == 'positive' else 'all events'}), full catalogue of "
         f"{dataset.num_items} items, seen items {'excluded' if settings.exclude_seen else 'kept'}, "
         f"{'pair' if settings.recall == 'pair' else 'request'}-level recall, beam {settings.beam_width}"
     )
-    evaluation = Evaluation(protocol, rows)
+
+
+def _measure(requests: Requests, dataset: Dataset, recipe: Recipe) -> Callable[[np.ndarray], dict[str, float]]:
+    """Lists -> their metrics; of simulated logs the true watch time too."""
+    watched = watch_time(dataset)
+
+    def measure(lists: np.ndarray) -> dict[str, float]:
+        found = _metrics(lists, requests, dataset, recipe)
+        return found if watched is None else found | {"watch s": watched(requests, lists)}
+
+    return measure
+
+
+def _floors(requests: Requests, dataset: Dataset, recipe: Recipe) -> dict[str, dict[str, float]]:
+    k, measure = max(recipe.evaluate.ks), _measure(requests, dataset, recipe)
+    names = track(recipe.evaluate.floors, "floors", transient=True)
+    return {name: measure(floor_lists(name, dataset, requests, recipe, k)) for name in names}
+
+
+def evaluate_floors(dataset: Dataset, recipe: Recipe) -> Evaluation:
+    """The floors of `evaluate.floors` alone, under the recipe's protocol."""
+    requests = collect_requests(dataset, recipe)
+    return Evaluation(_protocol(requests, dataset, recipe), _floors(requests, dataset, recipe))
+
+
+def evaluate(recommender: Recommender, report: Callable[[str], None] = print) -> Evaluation:
+    """Model and floors on the recipe's split; writes `evaluation.json` into the run."""
+    recipe, dataset = recommender.recipe, recommender.dataset
+    settings = recipe.evaluate
+    requests = collect_requests(dataset, recipe)
+    seen = requests.context if settings.exclude_seen else None
+    started = time.perf_counter()
+    lists = recommender.recommend(requests.examples, seen, max(settings.ks), progress=True)[0]
+    model = _measure(requests, dataset, recipe)(lists)
+    report(f"beam search of {len(requests)} requests: {time.perf_counter() - started:.1f} s")
+    if settings.free_examples:
+        model["legal"] = recommender.legality(requests.examples[: settings.free_examples])
+    rows = {"model": model} | _floors(requests, dataset, recipe)
+    evaluation = Evaluation(_protocol(requests, dataset, recipe), rows)
     evaluation.save(recommender.run / "evaluation.json")
     return evaluation

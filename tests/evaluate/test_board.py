@@ -1,0 +1,149 @@
+"""A board with training and beam search replaced by stand-ins: what is run, what is kept, and what the table says."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from onerec_jax.errors import InputError
+from onerec_jax.evaluate import board as boards
+from onerec_jax.evaluate.board import Board, jobs, load_board, run_board
+from onerec_jax.evaluate.board_page import Row, html, markdown
+from onerec_jax.evaluate.evaluation import Evaluation
+from onerec_jax.recipe import CONFIGS
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_recipe):
+    path = tmp_path / "tiny.yaml"
+    values = yaml.safe_load(tiny_recipe.to_yaml())
+    values["evaluate"]["floors"] = ["popularity"]
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.fixture
+def small(recipe):
+    rows = {"wide": ("model.ffn_hidden=64",), "plain": (), "random | IDs": ("tokenizer.quantizer.kind=random",)}
+    return Board(name="small", recipe=recipe, seeds=(0, 1), rows=rows)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stand-ins for training and evaluation; the list of what was trained, as (feed-forward width, seed)."""
+    done = []
+
+    def pretrain(recipe, report):
+        done.append((recipe.model.ffn_hidden, recipe.seed))
+        recipe.run_directory.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": step, "loss": 9 - step} for step in (1, 2)] + [{"step": 2, "valid/loss": 7.5}]
+        (recipe.run_directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (recipe.run_directory / "config.yaml").write_text(recipe.to_yaml())
+        return recipe.run_directory
+
+    def evaluate(recommender, report):
+        width, seed = done[-1]
+        return Evaluation("", {"model": {"R@10": width / 1000 + seed / 100}})
+
+    monkeypatch.setattr(boards, "pretrain", pretrain)
+    monkeypatch.setattr(boards, "load_recommender", lambda run: SimpleNamespace(run=run))
+    monkeypatch.setattr(boards, "evaluate", evaluate)
+    return done
+
+
+def line_of(table, row):
+    return next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
+
+
+def test_every_row_is_trained_on_every_seed_and_the_table_has_mean_and_spread(small, trained, tmp_path):
+    folder = run_board(small, folder=tmp_path / "out", report=lambda line: None)
+    assert sorted(trained) == [(48, 0), (48, 0), (48, 1), (48, 1), (64, 0), (64, 1)]
+    table = (folder / "board.md").read_text()
+    assert " 0.0690 ± 0.0071 |" in line_of(table, "**wide**")
+    assert " 0.0530 ± 0.0071 |" in line_of(table, "**random \\| IDs**")
+    assert re.search(r"^\| popularity \| 0\.\d{4} \|", table, re.MULTILINE)
+    assert "full catalogue" in table and "jax " in table
+
+
+def test_a_second_call_trains_nothing_and_a_changed_row_alone_is_trained_again(small, trained, tmp_path):
+    run_board(small, folder=tmp_path / "out", report=lambda line: None)
+    before = (tmp_path / "out" / "board.md").read_text()
+    trained.clear()
+    run_board(small, folder=tmp_path / "out", report=lambda line: None)
+    assert not trained and (tmp_path / "out" / "board.md").read_text() == before
+    wider = small.model_copy(update={"rows": {**small.rows, "wide": ("model.ffn_hidden=80",)}})
+    run_board(wider, folder=tmp_path / "out", report=lambda line: None)
+    assert trained == [(80, 0), (80, 1)]
+
+
+def test_a_board_that_was_killed_goes_on_with_the_job_it_was_at(small, trained, tmp_path, monkeypatch):
+    real, calls = boards.evaluate, []
+
+    def killed(recommender, report):
+        calls.append(recommender.run)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(recommender, report)
+
+    monkeypatch.setattr(boards, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_board(small, folder=tmp_path / "out", report=lambda line: None)
+    run_board(small, folder=tmp_path / "out", report=lambda line: None)
+    assert len(trained) == 7 and calls[2] == calls[3] and len(set(calls)) == 6
+
+
+def test_rows_share_a_tokenizer_where_its_settings_and_seed_are_the_same(small, tmp_path):
+    planned = jobs(small, folder=tmp_path)
+    ids = {(job.row, job.seed): job.recipe.tokenizer_directory for job in planned}
+    assert ids["wide", 0] == ids["plain", 0] != ids["plain", 1] and ids["random | IDs", 0] != ids["plain", 0]
+    assert len({job.recipe.run_directory for job in planned}) == 6
+    assert len({job.recipe.dataset_directory for job in planned}) == 1
+
+
+def test_rows_can_be_run_one_by_one(small, trained, tmp_path):
+    run_board(small, folder=tmp_path / "out", only="wide", report=lambda line: None)
+    assert trained == [(64, 0), (64, 1)]
+    run_board(small, folder=tmp_path / "out", only="plain", report=lambda line: None)
+    table = (tmp_path / "out" / "board.md").read_text()
+    assert " 0.0690 ± " in line_of(table, "**wide**") and " 0.0530 ± " in line_of(table, "**plain**")
+    with pytest.raises(InputError, match=r"no row with 'narrow'.*wide, plain"):
+        run_board(small, folder=tmp_path / "out", only="narrow")
+
+
+def test_every_committed_board_plans_its_jobs():
+    for path in sorted((CONFIGS / "boards").glob("*.yaml")):
+        board = load_board(path.stem)
+        planned = jobs(board)
+        assert len(planned) == len(board.rows) * len(board.seeds) >= 3
+        assert len({job.recipe.run_directory for job in planned}) == len(planned), "two rows have one recipe"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("rows: {a: []}\n", "'recipe': Field required"), ("- a\n", "not a board"), ("recipe: quickstart\nrows: {}\n", "'rows'")],
+)  # fmt: skip
+def test_a_file_that_is_no_board_is_refused(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_board(str(tmp_path / "bad.yaml"))
+
+
+def test_an_unknown_board_names_the_known_ones():
+    with pytest.raises(InputError, match=r"no board 'beauty_typo'.*simulator"):
+        load_board("beauty_typo")
+
+
+def test_names_cannot_break_the_page():
+    row = Row("<b>|", [{"R@10": 0.5}], [60.0], [[{"step": 1, "loss": 2.0}]])
+    assert "<b>|" not in html("name", "protocol", "command", "device", [row]).replace("<body>", "")
+    assert "| **<b>\\|** | 0.5000 | 1 | 1.0 min |" in markdown("name", "protocol", "command", "device", [row])
+
+
+def test_a_curve_ends_in_the_corners_of_its_chart():
+    curve = [{"step": step, "loss": loss} for step, loss in ((10, 3.0), (20, 2.0), (30, 1.0))]
+    page = html("name", "protocol", "command", "device", [Row("row", [{"R@10": 0.5}], [], [curve])])
+    points = np.array([p.split(",") for p in re.findall(r'points="([^"]*)"', page)[0].split()], float)
+    np.testing.assert_allclose(points, [[0, 0], [320, 120], [640, 240]])
