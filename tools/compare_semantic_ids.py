@@ -13,6 +13,7 @@ rank correlation of each figure with recall. Overrides of the recipe may follow 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ CONSTRUCTIONS: dict[str, list[str]] = {
 }  # fmt: skip
 SMALL_MODEL = [
     "model.d_model=64", "model.ffn_hidden=128", "model.encoder_layers=1", "model.decoder_layers=1",
-    "model.item_input=sid", "train.batch_size=128", "train.learning_rate=3e-3", "train.eval_every=0",
+    "model.item_input=sid", "train.batch_size=64", "train.learning_rate=3e-3", "train.eval_every=0",
     "train.checkpoint_every=1000000", "train.tensorboard=false", "evaluate.split=valid", "evaluate.max_examples=4000",
     "evaluate.beam_width=20", "evaluate.free_examples=0", "evaluate.floors=[]",
 ]  # fmt: skip
@@ -141,13 +142,18 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", type=int, default=0, help="models trained per construction")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each")
-    parser.add_argument("--part", default="1/1", help="which part of the missing results this process makes: I/N")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        help="which results this process makes where they are missing: every N-th from the I-th, as I/N",
+    )
     parser.add_argument("--only", default="", help="constructions whose name contains this")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     base = load_recipe(given.recipe, given.overrides)
     dataset = Dataset(base.dataset_directory)
     co_occurrence = train_co_occurrence(dataset)
-    folder = Path("comparison") / base.name
+    changed = hashlib.sha256("\n".join(sorted(given.overrides)).encode()).hexdigest()[:8]
+    folder = Path("comparison") / (f"{base.name}_{changed}" if given.overrides else base.name)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {name: changes for name, changes in CONSTRUCTIONS.items() if given.only in name}
     part, parts = map(int, given.part.split("/"))
@@ -159,7 +165,9 @@ def main() -> None:
         if not file.exists():
             if turn % parts != part % parts:
                 return None
-            file.write_text(json.dumps(make(), indent=1) + "\n")
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(make(), indent=1) + "\n")
+            partial.rename(file)
             print(f"{file.stem}: {file.read_text()}", flush=True)
         return json.loads(file.read_text())
 

@@ -23,6 +23,7 @@ _MOST_MEMBERS = 64  # of a column; the number of a code in its column takes the 
 _CANDIDATES = 3  # codes compared again in float32
 _AGAIN = 64  # rows scored again at once
 _FEW_CODES = 1024  # below, float32 scores cost no more than the comparisons
+_TINY = 2.0**-63  # its square is the least normal float32
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -48,7 +49,8 @@ class _Book(NamedTuple):
 
 
 def _norm(values: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(values**2, -1))
+    """Euclidean norm of the last axis, rounded up where squares would underflow."""
+    return jnp.sqrt(jnp.sum(values**2, -1)) + _TINY * values.shape[-1]
 
 
 def _rounding(values: jax.Array) -> jax.Array:
@@ -178,8 +180,9 @@ def assign(rows_BxD: jax.Array, centroids_KxD: jax.Array, precision: Precision, 
     Args:
         rows_BxD: float32.
         centroids_KxD: float32.
-        precision: "float32" gives the code that float32 scores give, ties to the lowest; "bfloat16" leaves out the proof,
-            so that where more than three codes are as near as bfloat16 can tell another of them may be given.
+        precision: "float32" gives the code that float32 scores give, ties to the lowest; "bfloat16" leaves out the proof, so
+            that of codes which bfloat16 cannot tell apart another may be given where two share a column or there are more
+            than three.
         tile: rows scored at once, if it divides B.
     """
     book = _book(centroids_KxD)

@@ -74,6 +74,11 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def _cores() -> int:
+    """CPU cores that this process may use; where the system does not tell, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _tile() -> int:
     return _CPU_TILE if _on_cpu() else _DEVICE_TILE
 
@@ -156,7 +161,7 @@ def nearest(
 
 def _in_flight(vectors: Rows, batch_size: int, function: Callable[[_Batch], Any]) -> Iterator[tuple[_Batch, Any]]:
     """function(batch) of every batch, in order; the next batches are read while some are computed."""
-    workers = len(os.sched_getaffinity(0)) if _on_cpu() else 1
+    workers = _cores() if _on_cpu() else 1
 
     def ready(batch: _Batch) -> tuple[_Batch, Any]:
         return batch, jax.block_until_ready(function(batch))
@@ -182,8 +187,8 @@ def lloyd(
     """Lloyd's iterations from given centroids float32 [K,D].
 
     After each of the first `relocating` of the iterations codes that hardly serve move to where they serve better
-    (`relocate`); the others let them settle. A code without members is re-seeded after any, and stays where it was if no
-    distinct vector is left for it.
+    (`relocate`); the others let them settle. Where none moved, codes without members are re-seeded; one that no distinct
+    vector is left for stays where it was.
     """
     centroids, step, total = centroids.copy(), _lloyd_batch(precision), int(vectors.shape[0])
     codes, distances = np.empty(total, np.int32), np.empty(total, np.float32)

@@ -28,19 +28,18 @@ def _rounds(size: int) -> list[int]:
 def _draw(rows_SxD: jax.Array, count: jax.Array, rounds_R: jax.Array, key: jax.Array) -> jax.Array:
     """Rows drawn in each round, int32 [R,`_ROUND`]; of round r the first `rounds_R[r]` count."""
     norm = jnp.sum(rows_SxD**2, 1)
-    width = min(_ROUND, len(rows_SxD))
 
     def one_round(weights: jax.Array, round_and_key: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, key = round_and_key
         # Gumbel-top-k: the `number` largest are a draw without replacement by weight.
         gumbel = jax.random.gumbel(key, weights.shape)
-        _, picked = jax.lax.top_k(jnp.where(weights > 0, jnp.log(weights) + gumbel, -jnp.inf), width)
+        _, picked = jax.lax.top_k(jnp.where(weights > 0, jnp.log(weights) + gumbel, -jnp.inf), _ROUND)
         chosen = rows_SxD[picked]
         # By the expansion, a matrix product; its rounding is cut off, so that a row equal to a centre is never drawn.
         scale = norm[:, None] + norm[picked]
         distances = scale - 2 * jnp.dot(rows_SxD, chosen.T, precision=jax.lax.Precision.HIGHEST)
         distances = jnp.where(distances > 1e-6 * scale, distances, 0)
-        closest = jnp.where(jnp.arange(width) < number, distances, jnp.inf).min(1)
+        closest = jnp.where(jnp.arange(_ROUND) < number, distances, jnp.inf).min(1)
         return jnp.minimum(weights, closest), picked.astype(jnp.int32)
 
     # An infinite weight would outweigh any other; before the first draw all rows have the same finite one.

@@ -2,8 +2,9 @@
 
 In many dimensions a code near the mean of noise, such as the residuals of the second level, is nearer to most vectors than
 any other vector is; it keeps them, while codes that start on outliers keep only these. As in the enhanced LBG algorithm
-(Patane & Russo 2001) codes with few members are given to clusters with much distortion. On residuals this takes 3-9 % off the
-inertia of ten iterations and brings the entropy of the codes near its most (docs/semantic-ids.md).
+(Patane & Russo 2001) codes with few members that are not far from others are given to clusters with much distortion. On
+residuals this takes 3-9 % off the inertia of ten iterations and brings the entropy of the codes near its most
+(docs/semantic-ids.md).
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import numpy as np
 if TYPE_CHECKING:
     from onerec_jax.tokenizer.kmeans import Rows
 
-_FEW_MEMBERS = 0.5  # of the mean number
+_FEW_MEMBERS = 0.7  # of the mean number
 _MUCH_DISTORTION = 2.0  # of the mean over codes
+_AT_ONCE = 1024  # centroids compared with all others at once
 _NEAR = 0.05  # of the way from the centroid to a member: near enough for a share of the members, not for one only
 
 
 def relocate(centroids: np.ndarray, vectors: Rows, codes: np.ndarray, distances: np.ndarray) -> int:
     """Moves codes with few members into the clusters with most distortion, in place.
 
-    A cluster with r times the mean distortion gets r - 1 codes, each part of the way to another of its members.
+    A cluster with r times the mean distortion gets r - 1 codes, each part of the way to another of its members. A code goes
+    only if that costs less than the mean distortion: its members times the squared distance to the nearest other code, so
+    that a small cluster far from all others keeps its code.
 
     Args:
         centroids: float32 [K,D].
@@ -39,10 +43,11 @@ def relocate(centroids: np.ndarray, vectors: Rows, codes: np.ndarray, distances:
     distortion = np.bincount(codes, distances, size)
     mean = distortion.mean()
     large = np.flatnonzero(distortion > _MUCH_DISTORTION * mean)
-    few = np.flatnonzero(members <= max(1, _FEW_MEMBERS * count / size))
-    few = few[np.argsort(distortion[few], kind="stable")]
+    few = np.flatnonzero((members <= max(1, _FEW_MEMBERS * count / size)) & (distortion <= _MUCH_DISTORTION * mean))
     if not large.size or not few.size:
         return 0
+    cost = members[few] * _nearest_other(centroids, few)
+    few = few[np.argsort(cost, kind="stable")][: np.count_nonzero(cost < mean)]
     wanted = np.minimum((distortion[large] / mean).astype(np.int64) - 1, members[large] - 1)
     if wanted.sum() > few.size:
         wanted = wanted * few.size // wanted.sum()
@@ -58,6 +63,19 @@ def relocate(centroids: np.ndarray, vectors: Rows, codes: np.ndarray, distances:
     centres = centroids[codes[rows]]
     centroids[few[: rows.size]] = centres + _NEAR * (_read(vectors, rows) - centres)
     return int(rows.size)
+
+
+def _nearest_other(centroids: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Squared distance float32 [M] of some centroids [M] to the nearest of the others."""
+    near = centroids - centroids.mean(0)
+    norm = np.einsum("kd,kd->k", near, near)
+    least = np.empty(len(some), np.float32)
+    for first in range(0, len(some), _AT_ONCE):
+        rows = some[first : first + _AT_ONCE]
+        apart = norm[rows][:, None] + norm - 2 * near[rows] @ near.T
+        apart[np.arange(len(rows)), rows] = np.inf
+        least[first : first + len(rows)] = np.maximum(apart.min(1), 0)
+    return least
 
 
 def reseed(centroids: np.ndarray, vectors: Rows, codes: np.ndarray, distances: np.ndarray) -> None:

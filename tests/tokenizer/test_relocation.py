@@ -52,3 +52,22 @@ def test_copies_of_one_vector_take_no_code():
     start = vectors[[0, 500, 510, 520, 530]]
     codes, distances = assigned(vectors, lloyd(vectors, start, 8, 540))
     assert (codes[:500] == codes[0]).all() and not distances[:500].any() and len(np.unique(codes)) == 5
+
+
+def test_small_clusters_far_from_others_keep_their_codes():
+    rng = np.random.default_rng(4)
+    far = 30 * rng.normal(size=(10, 16))
+    tight = np.repeat(far, 30, axis=0) + 0.01 * rng.normal(size=(300, 16))
+    vectors = np.concatenate([rng.normal(size=(2500, 16)), tight]).astype(np.float32)
+    start = np.concatenate([far, vectors[:22]]).astype(np.float32)
+    kept = assigned(vectors, lloyd(vectors, start, 10, 2800, relocating=0))[1].sum()
+    assert assigned(vectors, lloyd(vectors, start, 10, 2800))[1].sum() < 1.01 * kept
+
+
+def test_a_code_never_moves_into_its_own_cluster():
+    """Three vectors on the first code are few of many codes, and hold all the distortion."""
+    vectors = np.array([[0.0], [1.0], [2.0]], np.float32)
+    centroids = np.array([[1], [100], [200], [300]], np.float32)
+    after = centroids.copy()
+    relocate(after, vectors, *assigned(vectors, centroids))
+    assert after[0] == 1
