@@ -129,7 +129,7 @@ def _with_default_kinds(values: Any, section: type[BaseModel] = Recipe) -> Any:
             continue
         if _kinds(field):
             default = field.get_default(call_default_factory=True)
-            filled[name] = {"kind": default.kind, **inner} if isinstance(default, BaseModel) else inner
+            filled[name] = {"kind": default.model_dump()["kind"], **inner} if isinstance(default, BaseModel) else inner
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             filled[name] = _with_default_kinds(inner, field.annotation)
     return filled
