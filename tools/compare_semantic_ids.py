@@ -5,7 +5,7 @@
     python tools/compare_semantic_ids.py beauty_small --seeds 3 --steps 300    and Recall@10 of one small model on each
 
 Every construction quantizes the same content vectors. The model of the last column is the same for all, with the same budget;
-items that share an ID get an extra level there. Every result is kept in `comparison/RECIPE/` as it comes, so a run that was
+items that share an ID get an extra level there. Every result is kept in `RESULTS/RECIPE/` as it comes, so a run that was
 stopped goes on, and `--part 1/2` and `--part 2/2` share the work between two processes. Prints the table as Markdown, with the
 rank correlation of each figure with recall. Overrides of the recipe may follow as KEY=VALUE.
 """
@@ -147,14 +147,17 @@ def main() -> None:
         default="1/1",
         help="which results this process makes where they are missing: every N-th from the I-th, as I/N",
     )
+    parser.add_argument("--results", default="comparison", help="folder that keeps the results; runs go to comparison/")
+    parser.add_argument("--show", action="store_true", help="make nothing; print the table of what there is")
     parser.add_argument("--only", default="", help="constructions whose name contains this")
     given = parser.parse_intermixed_args()
     base = load_recipe(given.recipe, given.overrides)
     dataset = Dataset(base.dataset_directory)
     co_occurrence = train_co_occurrence(dataset)
     changed = hashlib.sha256("\n".join(sorted(given.overrides)).encode()).hexdigest()[:8]
-    folder = Path("comparison") / (f"{base.name}_{changed}" if given.overrides else base.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{base.name}_{changed}" if given.overrides else base.name
+    folder, results = Path("comparison") / name, Path(given.results) / name
+    results.mkdir(parents=True, exist_ok=True)
     chosen = {name: changes for name, changes in CONSTRUCTIONS.items() if given.only in name}
     part, parts = map(int, given.part.split("/"))
 
@@ -163,7 +166,7 @@ def main() -> None:
         nonlocal turn
         turn += 1
         if not file.exists():
-            if turn % parts != part % parts:
+            if given.show or turn % parts != part % parts:
                 return None
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(make(), indent=1) + "\n")
@@ -175,7 +178,7 @@ def main() -> None:
     figures_of, recall_of = {}, {name: [] for name in chosen}
     for name, changes in chosen.items():
         recipe = load_recipe(given.recipe, [*given.overrides, *changes])
-        figures_of[name] = kept(folder / f"{_file(name)}.json", lambda r=recipe: figures(r, dataset, co_occurrence))
+        figures_of[name] = kept(results / f"{_file(name)}.json", lambda r=recipe: figures(r, dataset, co_occurrence))
     for seed in range(given.seeds):
         for name, changes in chosen.items():
             own = f"{_file(name)}_{seed}"
@@ -187,7 +190,7 @@ def main() -> None:
                     f"data.directory={base.dataset_directory}", f"tokenizer.directory={folder}/ids/{own}",
                 ],
             )  # fmt: skip
-            recall = kept(folder / f"{own}_{given.steps}.json", lambda r=recipe: trained_recall(r))
+            recall = kept(results / f"{own}_{given.steps}.json", lambda r=recipe: trained_recall(r))
             if recall is not None:
                 recall_of[name].append(recall)
     if parts > 1:
@@ -197,7 +200,9 @@ def main() -> None:
         "content neighbours at 1, 2 codes", "co-clicked neighbours at 1, 2 codes", "fit, s", "Recall@10",
     )  # fmt: skip
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for name in chosen:
+    figures_of = {name: found for name, found in figures_of.items() if found}
+    recall_of = {name: recall_of[name] for name in figures_of}
+    for name in figures_of:
         print(row(name, figures_of[name], recall_of[name]))
     print("\n".join(["", *predictors(figures_of, recall_of)]))
 
