@@ -3,8 +3,8 @@
 In many dimensions a code near the mean of noise, such as the residuals of the second level, is nearer to most vectors than
 any other vector is; it keeps them, while codes that start on outliers keep only these. As in the enhanced LBG algorithm
 (Patane & Russo 2001) codes with few members that are not far from others are given to clusters with much distortion. On
-residuals this takes 3-9 % off the inertia of ten iterations and brings the entropy of the codes near its most
-(docs/semantic-ids.md).
+residuals this takes several per cent off the inertia and brings the entropy of the codes near its most
+(docs/experiments.md).
 """
 
 from __future__ import annotations
