@@ -95,7 +95,7 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
         folder: where runs and IDs go; `boards/NAME` by default.
 
     Raises:
-        InputError: an override that does not fit the recipe.
+        InputError: an override that does not fit the recipe, or a row of another dataset or protocol.
     """
     folder = folder or Path("boards") / board.name
     shared = load_recipe(board.recipe, overrides)
@@ -105,11 +105,25 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             own = [*overrides, *changes, f"seed={seed}", f"runs={folder / 'runs'}", "evaluate.floors=[]"]
             own += [f"data.directory={shared.dataset_directory}"]
             recipe = load_recipe(board.recipe, own)
-            ids = _digest(recipe.tokenizer.model_dump(mode="json"), seed)
+            _check_comparable(row, recipe, shared)
+            ids = _digest(recipe.tokenizer.model_dump(mode="json"), recipe.data.model_dump(mode="json"), seed)
             recipe = load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"])
             name = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}_{recipe.digest()}"
             found.append(Job(row, seed, recipe.model_copy(update={"name": name})))
     return found
+
+
+def _check_comparable(row: str, recipe: Recipe, shared: Recipe) -> None:
+    """Refuses a row that would not be measured on the board's data and under its protocol."""
+    own, common = recipe.model_dump(mode="json"), shared.model_dump(mode="json")
+    fixed = [("data", name) for name in common["data"] if name != "directory"]
+    fixed += [("evaluate", name) for name in ("split", "ks", "max_examples", "exclude_seen", "targets", "recall")]
+    changed = [f"{section}.{name}" for section, name in fixed if own[section][name] != common[section][name]]
+    if changed:
+        raise InputError(
+            f"row '{row}' changes {', '.join(changed)}, but all rows of a board share one dataset and protocol; "
+            "give the setting to the whole board, or make another board"
+        )
 
 
 def _digest(*values: Any) -> str:

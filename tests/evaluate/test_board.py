@@ -113,6 +113,13 @@ def test_rows_can_be_run_one_by_one(small, trained, tmp_path):
         run_board(small, folder=tmp_path / "out", only="narrow")
 
 
+@pytest.mark.parametrize("change", ["data.targets=1", "evaluate.exclude_seen=false"])
+def test_a_row_of_another_dataset_or_protocol_is_refused(small, tmp_path, change):
+    other = small.model_copy(update={"rows": {"plain": (), "other": (change,)}})
+    with pytest.raises(InputError, match=rf"row 'other' changes {change.partition('=')[0]}, but all rows"):
+        jobs(other, folder=tmp_path)
+
+
 def test_every_committed_board_plans_its_jobs():
     for path in sorted((CONFIGS / "boards").glob("*.yaml")):
         board = load_board(path.stem)
