@@ -279,10 +279,25 @@ class ModelConfig(Section):
 
     d_model: int = setting(128, "width", ge=2)
     heads: int = setting(4, "attention heads", ge=1)
+    head_dim: int = setting(0, "width of one head, 0 = d_model / heads", ge=0)
     ffn_hidden: int = setting(256, "width of the dense two-matrix feed-forward", ge=1)
     encoder_layers: int = setting(2, "encoder blocks", ge=1)
     decoder_layers: int = setting(2, "decoder blocks", ge=1)
+    head: Literal["codes", "items"] = setting(
+        "codes",
+        "what is predicted: codes, the semantic ID level by level; items, the item itself by a softmax over all of them, "
+        "without a decoder (SASRec, HSTU)",
+    )
+    block: Literal["transformer", "hstu"] = setting(
+        "transformer", "encoder block: attention, then feed-forward; hstu: gated pointwise attention alone (HSTU)"
+    )
     item_input: Literal["sid", "id", "both"] = setting("sid", "what stands for an item in the context")
+    event_tokens: Literal["item", "codes"] = setting(
+        "item", "tokens of an event in the encoder: one, or one per code of its semantic ID (TIGER)"
+    )
+    project_events: bool = setting(
+        True, "pathway MLPs between event and encoder; false: the item's embedding enters as it is (SASRec, TIGER)"
+    )
     short_length: int = setting(20, "L_s, most recent events", ge=0)
     positive_length: int = setting(0, "L_p, most recent positive events; 0 = no such pathway", ge=0)
     lifelong_length: int = setting(0, "L_l, lifelong clusters; 0 = no such pathway", ge=0)
@@ -310,14 +325,35 @@ class ModelConfig(Section):
     )
     moe: MoEConfig = MoEConfig()
 
+    @property
+    def width_of_head(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
     def feature_widths(self) -> dict[str, int]:
         """Embedding width of each of `event_features`."""
         return {name: self.author_dim if name == "author" else self.feature_dim for name in self.event_features}
 
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
-        if self.d_model % self.heads:
+        if not self.head_dim and self.d_model % self.heads:
             raise ValueError(f"model.d_model {self.d_model} must be a multiple of model.heads {self.heads}")
+        other_pathways = bool(self.positive_length or self.lifelong_length)
+        if not self.project_events and (self.event_features or other_pathways):
+            raise ValueError(
+                "model.project_events false needs event_features [] and positive_length = lifelong_length = 0: "
+                "without the pathway's MLP nothing but the item's embedding fits the width of the model"
+            )
+        if self.event_tokens == "codes" and (self.project_events or self.item_input != "sid"):
+            raise ValueError("model.event_tokens codes needs item_input sid and project_events false")
+        if self.block == "hstu" and (other_pathways or (self.moe.experts and self.moe.location == "both")):
+            raise ValueError(
+                "model.block hstu needs positive_length = lifelong_length = 0 and no experts in the encoder: "
+                "its biases are of distances in one sequence, and it has no feed-forward to route"
+            )
+        if self.head == "items" and self.moe.experts and self.moe.location == "decoder":
+            raise ValueError(
+                "model.head items has no decoder to put experts in: set moe.location both or moe.experts 0"
+            )
         if self.moe.experts and self.moe.active > self.moe.experts:
             raise ValueError(f"model.moe.active {self.moe.active} must be at most model.moe.experts {self.moe.experts}")
         if self.moe.experts:
@@ -370,7 +406,8 @@ class TrainConfig(Section):
     clip_norm: float = setting(1.0, "global-norm clip of the dense gradient, 0 = off", ge=0)
     table_rate: float = setting(0.05, "rate of row-wise Adagrad on id tables", gt=0)
     negative_weight: float = setting(1.0, "loss weight of targets without a positive label; positives weigh 1", ge=0)
-    label_smoothing: float = setting(0.0, "mass spread over all codes of a level", ge=0, lt=1)
+    label_smoothing: float = setting(0.0, "mass spread over all codes of a level, or all items", ge=0, lt=1)
+    sampled_items: int = setting(0, "items head: softmax against this many random items, 0 = against all", ge=0)
     log_every: int = setting(20, "steps between log lines", ge=1)
     eval_every: int = setting(0, "steps between validation losses, 0 = never", ge=0)
     eval_batches: int = setting(8, "validation batches per validation loss", ge=1)

@@ -30,10 +30,11 @@ from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.evaluation import evaluate
-from onerec_jax.evaluate.floors import fit_floor, rank
+from onerec_jax.evaluate.floors import fit_floor
 from onerec_jax.evaluate.requests import collect_requests, train_log
 from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
+from onerec_jax.generate.ranking import rank
 from onerec_jax.model.onerec import build
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import shardings
@@ -234,6 +235,14 @@ def step(recipe: Recipe, world: World) -> Any:
     state = jax.eval_shape(lambda: init_state(linear, optimizer, 0))
     examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
     return jax.jit(make_train_step(linear, recipe, optimizer)).lower(state, examples).as_text(), linear.micro_batches
+
+
+def item_step(recipe: Recipe, world: World) -> Any:
+    """The compiler's input for the train step of the recipe's own model."""
+    built, optimizer = _model(recipe, world), make_optimizer(recipe.train)
+    state = jax.eval_shape(lambda: init_state(built, optimizer, 0))
+    examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
+    return jax.jit(make_train_step(built, recipe, optimizer)).lower(state, examples).as_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- train/loop

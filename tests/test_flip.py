@@ -35,6 +35,7 @@ SMALL_SIMULATOR = {"data.source": SMALL_LOG}
 KUAIRAND = {"data.source": {"kind": "kuairand", "path": "one"}}
 AMAZON = {"data.source": {"kind": "amazon", "path": "one"}}
 PARQUET = {"data.source": {"kind": "parquet", "events": "one/events.parquet"}}
+BARE = {"model.item_input": "sid", "model.event_features": []}
 LIFELONG = {"model.lifelong_length": 9}
 SHORT_RUN = {
     "train.steps": 4, "train.eval_every": 3, "train.eval_batches": 2, "train.log_every": 2,
@@ -124,6 +125,11 @@ FLIPS: dict[str, Flip] = {
     "tokenizer.resolve": Flip("uniform", probe.semantic_ids),
     "model.d_model": Flip(16, probe.model),
     "model.heads": Flip(4, probe.model),
+    "model.head_dim": Flip(5, probe.model),
+    "model.head": Flip("items", probe.model, {"model.moe.experts": 0}),
+    "model.block": Flip("hstu", probe.model),
+    "model.event_tokens": Flip("codes", probe.model, BARE | {"model.project_events": False}),
+    "model.project_events": Flip(False, probe.model, BARE),
     "model.ffn_hidden": Flip(16, probe.model),
     "model.encoder_layers": Flip(2, probe.model),
     "model.decoder_layers": Flip(2, probe.model),
@@ -176,6 +182,7 @@ FLIPS: dict[str, Flip] = {
     "train.table_rate": Flip(0.1, probe.step),
     "train.negative_weight": Flip(0.5, probe.batch),
     "train.label_smoothing": Flip(0.1, probe.step),
+    "train.sampled_items": Flip(5, probe.item_step, {"model.head": "items", "model.moe.experts": 0}),
     "train.log_every": Flip(3, probe.training, SHORT_RUN),
     "train.eval_every": Flip(2, probe.training, SHORT_RUN),
     "train.eval_batches": Flip(1, probe.training, SHORT_RUN),

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from onerec_jax.config import Recipe, SimulatorSource, Source
 from onerec_jax.data.store import Dataset
-from onerec_jax.evaluate.floors import fit_floor, rank
+from onerec_jax.evaluate.floors import fit_floor
 from onerec_jax.evaluate.metrics import coverage, ranking_metrics, value
 from onerec_jax.evaluate.requests import Requests, collect_requests, train_log
+from onerec_jax.generate.ranking import rank
 from onerec_jax.generate.recommender import Recommender, slice_ragged
 
 _CHUNK = 256
@@ -128,8 +129,8 @@ def evaluate(recommender: Recommender, report: Callable[[str], None] = print) ->
     started = time.perf_counter()
     lists = recommender.recommend(requests.examples, seen, max(settings.ks), progress=True)[0]
     model = _measure(requests, dataset, recipe)(lists)
-    report(f"beam search of {len(requests)} requests: {time.perf_counter() - started:.1f} s")
-    if settings.free_examples:
+    report(f"lists for {len(requests)} requests: {time.perf_counter() - started:.1f} s")
+    if settings.free_examples and recipe.model.head == "codes":
         model["legal"] = recommender.legality(requests.examples[: settings.free_examples])
     rows = {"model": model} | _floors(requests, dataset, recipe)
     evaluation = Evaluation(_protocol(requests, dataset, recipe), rows)

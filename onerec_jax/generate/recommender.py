@@ -15,6 +15,7 @@ from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import make_batch
 from onerec_jax.data.store import Dataset
 from onerec_jax.generate.beam import device_trie, make_beam_search, resolve_items
+from onerec_jax.generate.ranking import rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
 from onerec_jax.parallel.mesh import data_parallel, make_mesh
@@ -54,7 +55,12 @@ class Recommender:
     def recommend(
         self, examples: np.ndarray, seen: Ragged | None, k: int, *, progress: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Lists of item rows int32 [N,k] (-1 = nothing) and their scores, by trie-constrained beam search."""
+        """Lists of item rows int32 [N,k] (-1 = nothing) and their scores, log P(item).
+
+        By trie-constrained beam search; a model with an item head scores every item.
+        """
+        if self.model.config.head == "items":
+            return self._rank_all(examples, seen, k, progress)
         settings = self.recipe.evaluate
         search = make_beam_search(self.model, settings.beam_width)
         trie = device_trie(self.ids.trie)
@@ -67,6 +73,26 @@ class Recommender:
             part = slice(first, first + count)
             items[part], scores[part] = resolve_items(self.ids.trie, leaf, score, k, slice_ragged(seen, part))
         return items, scores
+
+    def _rank_all(
+        self, examples: np.ndarray, seen: Ragged | None, k: int, progress: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        @jax.jit
+        def score(params, rows, bias, batch: Batch):
+            batch, _ = self.model.localise(batch, touched_only=False)
+            return jax.nn.log_softmax(self.model.bind(params)(batch, rows, bias, None)[0][0][:, 0])
+
+        size = self.recipe.evaluate.batch_size
+        items, scores = [np.zeros((0, k), np.int32)], [np.zeros((0, k), np.float32)]
+        total = -(-len(examples) // size)
+        for first, count, batch in track(
+            self._batches(examples, size), "scoring", total, disable=not progress, transient=True
+        ):
+            found = np.asarray(score(self.state.params, self.rows, self.state.bias, batch))[:count]
+            items.append(rank(found, slice_ragged(seen, slice(first, first + count)), k))
+            best = np.take_along_axis(found, np.maximum(items[-1], 0), axis=1)
+            scores.append(np.where(items[-1] < 0, -np.inf, best))
+        return np.concatenate(items), np.concatenate(scores)
 
     def legality(self, examples: np.ndarray) -> float:
         """Share of unconstrained beams whose semantic ID belongs to an item."""

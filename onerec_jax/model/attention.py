@@ -32,18 +32,18 @@ class Attention(nnx.Module):
     """Projections around `attend`; self-attention when queries and keys come from the same array."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, scale: float = 1.0):
-        d = config.d_model
+        d, width = config.d_model, config.heads * config.width_of_head
         self.heads = config.heads
         self.implementation = config.attention
-        self.query = Linear(d, d, rngs)
-        self.key = Linear(d, d, rngs)
-        self.value = Linear(d, d, rngs)
-        self.out = Linear(d, d, rngs, scale=scale)
-        self.query_norm = RMSNorm(d // config.heads) if config.qk_norm else None
-        self.key_norm = RMSNorm(d // config.heads) if config.qk_norm else None
+        self.query = Linear(d, width, rngs)
+        self.key = Linear(d, width, rngs)
+        self.value = Linear(d, width, rngs)
+        self.out = Linear(width, d, rngs, scale=scale)
+        self.query_norm = RMSNorm(config.width_of_head) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.width_of_head) if config.qk_norm else None
 
     def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+        return x.reshape(*x.shape[:-1], self.heads, -1)
 
     def keys_values(self, x_BxNxD: Array) -> tuple[Array, Array]:
         """Keys and values [B,N,H,K] of a context, computed once however many queries follow."""
@@ -54,4 +54,4 @@ class Attention(nnx.Module):
         q = self._split(self.query(x_BxQxD))
         q = q if self.query_norm is None else self.query_norm(q)
         y = attend(q, keys, values, mask, self.implementation)
-        return self.out(y.reshape(x_BxQxD.shape))
+        return self.out(y.reshape(*x_BxQxD.shape[:-1], -1))

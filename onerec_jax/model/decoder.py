@@ -17,7 +17,7 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import Vocabulary
 from onerec_jax.model.attention import Attention
 from onerec_jax.model.encoder import Context
-from onerec_jax.model.layers import Embedding, Linear, RMSNorm, dropout
+from onerec_jax.model.layers import CodeEmbedding, Linear, RMSNorm, dropout
 from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
 
 
@@ -65,19 +65,13 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
         d, sizes = config.d_model, vocabulary.codebook_sizes
         self.config = config
-        self.offsets = tuple(sum(sizes[:i]) for i in range(len(sizes)))
-        self.codes = Embedding(sum(sizes), d, rngs)
+        self.codes = CodeEmbedding(sizes, d, rngs)
         self.bos = nnx.Param(jax.random.normal(rngs.params(), (d,)) * 0.02)
         self.position = nnx.Param(jax.random.normal(rngs.params(), (len(sizes), d)) * 0.02)
         moe = bool(config.moe.experts)
         self.stack = Stack(lambda m, r: DecoderBlock(config, m, r), config, config.decoder_layers, moe, rngs)
         self.norm = RMSNorm(d)
         self.heads = nnx.List([Linear(d, size, rngs) for size in sizes])
-
-    def embed_codes(self, codes_xC: Array, dtype: jnp.dtype) -> Array:
-        """Sum of the level embeddings of a semantic ID [..., C] -> [..., D]: an item in the encoder's input."""
-        levels = range(codes_xC.shape[-1])
-        return sum((self.codes(codes_xC[..., i] + self.offsets[i], dtype) for i in levels), start=jnp.zeros((), dtype))
 
     def cross_keys_values(self, context: Context) -> Any:
         """Every block's cross-attention keys and values, stacked [G, every, B, N, H, K]."""
@@ -100,7 +94,7 @@ class Decoder(nnx.Module):
 
     def empty_past(self, b: int, t: int, dtype: jnp.dtype) -> tuple[Array, Array]:
         c = self.config
-        shape = (self.stack.size, self.stack.every, b, t, 0, c.heads, c.d_model // c.heads)
+        shape = (self.stack.size, self.stack.every, b, t, 0, c.heads, c.width_of_head)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def embed_level(self, level: int, codes: Array, dtype: jnp.dtype) -> Array:
@@ -108,7 +102,7 @@ class Decoder(nnx.Module):
         position = self.position[...][level].astype(dtype)
         if level == 0:
             return jnp.broadcast_to(self.bos[...].astype(dtype) + position, (*codes.shape, self.bos.shape[0]))
-        return self.codes(codes + self.offsets[level - 1], dtype) + position
+        return self.codes.level(level - 1, codes, dtype) + position
 
     def __call__(self, context: Context, targets_BxTxC, visible_BxT, valid_BxT, bias_GxE, key: Array | None):
         """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and the load [G,E]."""

@@ -10,10 +10,11 @@ from flax import nnx
 from jax import Array
 
 from onerec_jax.config import ModelConfig
-from onerec_jax.data.schema import Batch, Vocabulary
+from onerec_jax.data.schema import Batch, ItemFeatures, Vocabulary
 from onerec_jax.model.attention import Attention
 from onerec_jax.model.batch import pathways
-from onerec_jax.model.layers import PathwayMLP, RMSNorm, dropout
+from onerec_jax.model.hstu import HSTUBlock
+from onerec_jax.model.layers import CodeEmbedding, PathwayMLP, RMSNorm, dropout
 from onerec_jax.model.pathways import ItemEncoder, QFormer, StaticPathway, blank_padding
 from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
 
@@ -25,7 +26,7 @@ class Context:
 
     tokens: Array  # [B,N,D], normed
     valid: Array  # bool [B,N]
-    position: Array  # int32 [N], index within `short`, -1 for tokens every target may see
+    position: Array  # int32 [N], index of the event within `short`, -1 for tokens every target may see
 
 
 class EncoderBlock(nnx.Module):
@@ -39,7 +40,7 @@ class EncoderBlock(nnx.Module):
         self.ffn_norm = RMSNorm(config.d_model)
         self.ffn = FeedForwardOrMoE(config, moe, rngs, scale=scale)
 
-    def __call__(self, z: Array, mask: Array, valid: Array, bias_E: Array, key: Array | None):
+    def __call__(self, z: Array, mask: Array, valid: Array, time_BxN: Array, bias_E: Array, key: Array | None):
         normed = self.attention_norm(z)
         z = residual(z, self.attention(normed, *self.attention.keys_values(normed), mask), self.rate, key, 0)
         y, load = self.ffn(self.ffn_norm(z), bias_E, valid)
@@ -60,14 +61,23 @@ class Encoder(nnx.Module):
         self.static = StaticPathway(config, vocabulary, rngs)
         features = d + sum(config.feature_widths().values())
         hidden = config.pathway_hidden or 2 * d
-        self.projection = nnx.Dict({name: PathwayMLP(features, hidden, d, rngs) for name in self.lengths})
+        projected = self.lengths if config.project_events else ()
+        self.projection = nnx.Dict({name: PathwayMLP(features, hidden, d, rngs) for name in projected})
         self.qformer = QFormer(config, rngs) if config.lifelong_length else None
-        self.position = nnx.Param(jax.random.normal(rngs.params(), (1 + sum(self.lengths.values()), d)) * 0.02)
+        self.per_event = vocabulary.levels if config.event_tokens == "codes" else 1
+        positions = 1 + self.per_event * sum(self.lengths.values())
+        self.position = nnx.Param(jax.random.normal(rngs.params(), (positions, d)) * 0.02)
         moe = bool(config.moe.experts) and config.moe.location == "both"
-        self.stack = Stack(lambda m, r: EncoderBlock(config, m, r), config, config.encoder_layers, moe, rngs)
+
+        def make_block(moe: bool, rngs: nnx.Rngs) -> nnx.Module:
+            return HSTUBlock(config, rngs) if config.block == "hstu" else EncoderBlock(config, moe, rngs)
+
+        self.stack = Stack(make_block, config, config.encoder_layers, moe, rngs)
         self.norm = RMSNorm(d)
 
-    def __call__(self, batch: Batch, rows: dict[str, Array], embed_codes, bias_GxE: Array, key: Array | None):
+    def __call__(
+        self, batch: Batch, rows: dict[str, Array], codes: CodeEmbedding | None, bias_GxE: Array, key: Array | None
+    ) -> tuple[Context, Array]:
         """Context of each request and the encoder's expert load [G,E]."""
         dtype = jnp.dtype(self.config.dtype)
         tokens = [self.static(batch.user, rows, dtype) + self.position[...][:1].astype(dtype)]
@@ -75,8 +85,8 @@ class Encoder(nnx.Module):
         start = 1
         for name, events in pathways(batch).items():
             clean, mask = blank_padding(events)
-            h = self.projection[name](self.item(clean, rows, embed_codes, dtype))
-            e_pos = self.position[...][start : start + self.lengths[name]].astype(dtype)
+            h, mask = self._events(name, clean, mask, rows, codes, dtype)
+            e_pos = self.position[...][start : start + self.per_event * self.lengths[name]].astype(dtype)
             if name == "lifelong":
                 assert self.qformer is not None
                 h = self.qformer(h, mask) + e_pos
@@ -85,27 +95,43 @@ class Encoder(nnx.Module):
                 h = h + self._event_positions(e_pos, mask)
             tokens.append(h)
             valid.append(mask)
-            start += self.lengths[name]
+            start += len(e_pos)
         z, seen = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
         position = jnp.full((z.shape[1],), -1, jnp.int32)
         visible = seen[:, None, :]
         if self.config.causal:
-            position = jnp.arange(z.shape[1], dtype=jnp.int32) - 1
+            position = (jnp.arange(z.shape[1], dtype=jnp.int32) + self.per_event - 1) // self.per_event - 1
             visible = visible & (position[None, :, None] >= position[None, None, :])
         z = dropout(z, self.config.dropout, None if key is None else jax.random.fold_in(key, 1))
 
-        def per_block(block: EncoderBlock, z: Array, bias: Array, key: Array | None, _):
-            z, load = block(z, visible, seen, bias, key)
+        time = self._times(batch.short) if self.config.block == "hstu" else jnp.zeros(())
+
+        def per_block(block: EncoderBlock | HSTUBlock, z: Array, bias: Array, key: Array | None, _):
+            z, load = block(z, visible, seen, time, bias, key)
             return z, load, None
 
         z, load, _ = self.stack(z, per_block, bias_GxE, None if key is None else jax.random.fold_in(key, 2))
         return Context(tokens=self.norm(z), valid=seen, position=position), load
+
+    def _events(self, name: str, events: ItemFeatures, valid_BxL: Array, rows: dict[str, Array], codes, dtype):
+        """Tokens of one pathway's events and their validity, [B, L * tokens per event]."""
+        if self.per_event > 1:
+            return codes.tokens(events.codes, dtype), jnp.repeat(valid_BxL, self.per_event, axis=1)
+        h = self.item(events, rows, codes, dtype)
+        return (self.projection[name](h) if self.config.project_events else h), valid_BxL
+
+    def _times(self, short: ItemFeatures) -> Array:
+        """Seconds [B,N] of the static token and of every token of `short`, from any origin."""
+        age = blank_padding(short)[0].age_s
+        time = jnp.cumsum(age, axis=1) if self.config.causal else -age
+        time = jnp.repeat(time, self.per_event, axis=1)
+        return jnp.concatenate([time[:, :1], time], axis=1)
 
     def _event_positions(self, e_pos_LxD: Array, valid_BxL: Array) -> Array:
         """Positions count back from the most recent event, so that it always has the same one; a causal encoder's
         events have no common last one and count from the first."""
         if self.config.causal:
             return e_pos_LxD
-        length = e_pos_LxD.shape[0]
+        length = len(e_pos_LxD)
         shift = length - jnp.sum(valid_BxL, axis=-1, keepdims=True)
         return jnp.take(e_pos_LxD, jnp.minimum(jnp.arange(length) + shift, length - 1), axis=0)

@@ -32,6 +32,28 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...].astype(dtype), ids, axis=0)
 
 
+class CodeEmbedding(nnx.Module):
+    """The codes of all levels in one table, those of a level after those of the level before."""
+
+    def __init__(self, codebook_sizes: tuple[int, ...], width: int, rngs: nnx.Rngs):
+        self.offsets = tuple(sum(codebook_sizes[:i]) for i in range(len(codebook_sizes)))
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (sum(codebook_sizes), width)) * 0.02)
+
+    def level(self, level: int, codes: Array, dtype: jnp.dtype) -> Array:
+        """Codes [...] of one level -> [..., D]."""
+        return jnp.take(self.embedding[...].astype(dtype), codes + self.offsets[level], axis=0)
+
+    def item(self, codes_xC: Array, dtype: jnp.dtype) -> Array:
+        """The sum over the levels of semantic IDs [..., C] -> [..., D]: an item as one token."""
+        levels = range(len(self.offsets))
+        return sum((self.level(i, codes_xC[..., i], dtype) for i in levels), start=jnp.zeros((), dtype))
+
+    def tokens(self, codes_BxLxC: Array, dtype: jnp.dtype) -> Array:
+        """One token per code [B, L*C, D]."""
+        codes = codes_BxLxC + jnp.asarray(self.offsets)
+        return jnp.take(self.embedding[...].astype(dtype), codes.reshape(codes.shape[0], -1), axis=0)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, with the statistics in float32."""
 

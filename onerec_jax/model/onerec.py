@@ -18,21 +18,38 @@ from onerec_jax.config import ModelConfig, Recipe, SimulatorSource
 from onerec_jax.data.schema import LABELS, Batch, Vocabulary
 from onerec_jax.model.decoder import Decoder
 from onerec_jax.model.encoder import Context, Encoder
+from onerec_jax.model.item_head import ItemHead
 from onerec_jax.model.tables import init_tables, localise, table_shapes
 
 
 class OneRec(nnx.Module):
-    """Encoder and decoder over shared code embeddings."""
+    """Encoder and decoder over shared code embeddings; or an encoder and a softmax over items."""
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
         self.encoder = Encoder(config, vocabulary, rngs)
-        self.decoder = Decoder(config, vocabulary, rngs)
+        by_code = config.head == "codes"
+        self.decoder = Decoder(config, vocabulary, rngs) if by_code else None
+        self.head = None if by_code else ItemHead(config, vocabulary, rngs)
 
     def encode(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
-        return self.encoder(batch, rows, self.decoder.embed_codes, bias["encoder"], key)
+        if self.head is not None:
+            rows = {**rows, "item": self.head.items.embedding[...]}
+            return self.encoder(batch, rows, self.head.codes, bias["encoder"], key)
+        assert self.decoder is not None
+        return self.encoder(batch, rows, self.decoder.codes, bias["encoder"], key)
+
+    def states(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
+        """With an item head: what each target is predicted from [B,T,D], and the expert loads."""
+        assert self.head is not None
+        context, load = self.encode(batch, rows, bias, key)
+        return self.head.states(context, batch.visible), {"encoder": load, "decoder": bias["decoder"]}
 
     def __call__(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
-        """Teacher-forced logits per level, and the expert loads of both stacks."""
+        """Teacher-forced logits per level (of all items with an item head), and the expert loads of both stacks."""
+        if self.head is not None:
+            states, loads = self.states(batch, rows, bias, key)
+            return (self.head.logits(states),), loads
+        assert self.decoder is not None
         context, encoder_load = self.encode(batch, rows, bias, key)
         valid = batch.target_weight > 0
         targets = jnp.where(valid[..., None], batch.targets, 0)
@@ -75,7 +92,7 @@ class Model:
         shapes = {}
         for name, layers, moe in (
             ("encoder", self.config.encoder_layers, self.config.moe.location == "both"),
-            ("decoder", self.config.decoder_layers, True),
+            ("decoder", self.config.decoder_layers, self.config.head == "codes"),
         ):
             moe = moe and self.config.moe.experts > 0
             groups = layers // self.config.moe.every if moe else layers
@@ -111,11 +128,13 @@ def count_parameters(model: Model) -> dict[str, int]:
     `active` is `model` with only the experts that one token uses.
     """
     moe = model.config.moe
-    totals = {"model": 0, "active": 0, "codes": 0, "features": 0}
+    totals = {"model": 0, "active": 0, "codes": 0, "features": 0, "tables": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract):
         names = [str(getattr(k, "key", k)) for k in path]
         size = math.prod(leaf.shape)
-        if any(n in ("codes", "heads") for n in names):
+        if "items" in names:
+            totals["tables"] += size
+        elif any(n in ("codes", "heads") for n in names):
             totals["codes"] += size
         elif any(n in VOCABULARY_TABLES for n in names):
             totals["features"] += size
@@ -123,5 +142,5 @@ def count_parameters(model: Model) -> dict[str, int]:
             totals["model"] += size
             routed = "moe" in names and names[-1] in ("gate", "up", "down")
             totals["active"] += size * moe.active // moe.experts if routed else size
-    totals["tables"] = sum(rows * width for rows, width in model.tables.values())
+    totals["tables"] += sum(rows * width for rows, width in model.tables.values())
     return totals

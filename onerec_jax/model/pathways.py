@@ -12,7 +12,7 @@ from jax import Array
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import ItemFeatures, Vocabulary
 from onerec_jax.model.attention import Attention
-from onerec_jax.model.layers import Embedding, FeedForward, PathwayMLP, RMSNorm
+from onerec_jax.model.layers import CodeEmbedding, Embedding, FeedForward, PathwayMLP, RMSNorm
 
 BUCKETS = 64
 
@@ -48,10 +48,12 @@ class ItemEncoder(nnx.Module):
         chosen = {name: size for name, size in sizes.items() if name in self.features}
         self.feature = nnx.Dict({name: Embedding(size, config.feature_dim, rngs) for name, size in chosen.items()})
 
-    def __call__(self, events: ItemFeatures, rows: dict[str, Array], embed_codes, dtype: jnp.dtype) -> Array:
+    def __call__(
+        self, events: ItemFeatures, rows: dict[str, Array], codes: CodeEmbedding | None, dtype: jnp.dtype
+    ) -> Array:
         item, labels = 0.0, events.feedback.shape[-1]
-        if self.item_input in ("sid", "both"):
-            item = embed_codes(events.codes, dtype)
+        if codes is not None and self.item_input in ("sid", "both"):
+            item = codes.item(events.codes, dtype)
         if self.item_input in ("id", "both"):
             item = item + jnp.take(rows["item"].astype(dtype), events.item, axis=0)
         embed = {

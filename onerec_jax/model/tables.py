@@ -26,7 +26,7 @@ def table_shapes(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, tuple
     shapes = {}
     if "author" in config.event_features:
         shapes["author"] = (config.author_rows or vocabulary.authors, config.author_dim)
-    if config.item_input in ("id", "both"):
+    if config.item_input in ("id", "both") and config.head == "codes":  # an item head has its own, of all items
         shapes["item"] = (config.item_rows or vocabulary.items, config.d_model)
     if config.user_id:
         shapes["user"] = (config.user_rows or vocabulary.users, config.static_dim)

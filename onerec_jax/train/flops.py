@@ -64,6 +64,7 @@ def request_flops(
     positive: float,
     lifelong: float,
     targets: float,
+    sampled_items: int = 0,
 ) -> Flops:
     """Forward FLOPs of one request with this many real (or padded, to count what the hardware does) events and targets."""
     d, levels = config.d_model, vocabulary.levels
@@ -72,20 +73,30 @@ def request_flops(
     per_event = 2 * ((d + sum(widths.values())) * hidden + hidden * d)
     per_event += 2 * len(vocabulary.labels) * widths.get("feedback", 0)
     static = config.static_dim * (int(config.user_id) + len(vocabulary.user_features))
+    if not config.project_events:
+        per_event = 0
     pathways = 2 * (max(1, static) * hidden + hidden * d) + per_event * (short + positive)
     queries, compressor = 0.0, 0.0
     if config.lifelong_length:
         queries = config.lifelong_queries
-        per_block = 2 * 2 * d * d * lifelong + queries * (
-            2 * 2 * d * d + 2 * 2 * d * lifelong + 2 * 2 * d * config.ffn_hidden
+        width = config.heads * config.width_of_head
+        per_block = 2 * 2 * d * width * lifelong + queries * (
+            2 * 2 * d * width + 2 * 2 * width * lifelong + 2 * 2 * d * config.ffn_hidden
         )
         compressor = per_event * lifelong + config.lifelong_layers * per_block
-    n = 1 + short + positive + queries
-    attention = n * 2 * 4 * d * d + 2 * 2 * n * n * d
-    encoder = config.encoder_layers * attention + n * _ffn(config, config.moe.location == "both", config.encoder_layers)
+    n = 1 + (short + positive) * (levels if config.event_tokens == "codes" else 1) + queries
+    width = config.heads * config.width_of_head
+    if config.block == "hstu":
+        encoder = config.encoder_layers * (n * 2 * 5 * d * width + 2 * 2 * n * n * width)
+    else:
+        attention = n * 2 * 4 * d * width + 2 * 2 * n * n * width
+        in_encoder = config.moe.location == "both"
+        encoder = config.encoder_layers * attention + n * _ffn(config, in_encoder, config.encoder_layers)
+    if config.head == "items":
+        return Flops(pathways, compressor, encoder, 0.0, targets * 2 * d * (sampled_items or vocabulary.items))
     tokens = targets * levels
-    own = tokens * 2 * 4 * d * d + 2 * 2 * tokens * levels * d
-    cross = n * 2 * 2 * d * d + tokens * 2 * 2 * d * d + 2 * 2 * tokens * n * d
+    own = tokens * 2 * 4 * d * width + 2 * 2 * tokens * levels * width
+    cross = n * 2 * 2 * d * width + tokens * 2 * 2 * d * width + 2 * 2 * tokens * n * width
     decoder = config.decoder_layers * (own + cross) + tokens * _ffn(config, True, config.decoder_layers)
     heads = targets * sum(2 * d * size for size in vocabulary.codebook_sizes)
     return Flops(pathways, compressor, encoder, decoder, heads)

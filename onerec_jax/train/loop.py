@@ -200,7 +200,10 @@ class Speed:
         seconds = time.perf_counter() - self._from
         requests = max(1.0, self._requests)
         mean = {name: self._lengths.get(name, 0.0) / requests for name in ("short", "positive", "lifelong")}
-        flops = request_flops(self._model.config, self._model.vocabulary, targets=self._targets / requests, **mean)
+        flops = request_flops(
+            self._model.config, self._model.vocabulary, targets=self._targets / requests, **mean,
+            sampled_items=self._recipe.train.sampled_items,
+        )  # fmt: skip
         rate = flops.training * self._requests / seconds
         values = {
             "examples_per_s": self._requests / seconds,
@@ -221,7 +224,7 @@ def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
     levels = [v for k, v in sorted(values.items()) if k.startswith("loss/level")]
     parts = [
         f"step {step}/{steps}",
-        f"loss {values['loss']:.3f} ({' '.join(f'{v:.2f}' for v in levels)})",
+        f"loss {values['loss']:.3f}" + (f" ({' '.join(f'{v:.2f}' for v in levels)})" if levels else ""),
         f"{values['examples_per_s']:.0f} ex/s",
         f"{values['target_tokens_per_s']:.0f} tok/s",
         f"MFU {100 * values['mfu']:.1f}%" if "mfu" in values else f"{values['gflops']:.1f} GFLOP/s",

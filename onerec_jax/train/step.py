@@ -17,6 +17,7 @@ from onerec_jax.model.moe import rebalance
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.tables import gather, update_tables
 from onerec_jax.parallel.sharding import batch_sharding
+from onerec_jax.train.item_loss import item_loss
 from onerec_jax.train.loss import next_token_loss
 from onerec_jax.train.metrics import Metrics, mean
 from onerec_jax.train.optimizer import learning_rate
@@ -40,10 +41,21 @@ def _load_metrics(loads: dict[str, Array], experts: int) -> Metrics:
     return metrics
 
 
-def make_loss(model: Model, smoothing: float) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
+def make_loss(
+    model: Model, smoothing: float, sampled_items: int = 0
+) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
     """(params, rows, bias, batch, key) -> weighted loss sum, (metrics, expert loads)."""
 
     def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None):
+        if model.config.head == "items":
+            module = model.bind(params)
+            states, loads = module.states(batch, rows, bias, key)
+            items = module.head.items.embedding[...]
+            sampling = None if key is None else jax.random.fold_in(key, 5)
+            total, metrics = item_loss(
+                states, items, batch.target_item, batch.target_weight, smoothing, sampled_items, sampling
+            )
+            return total, (metrics, loads)
         logits, loads = model.bind(params)(batch, rows, bias, key)
         total, metrics = next_token_loss(logits, batch.targets, batch.target_weight, smoothing)
         return total, (metrics, loads)
@@ -59,13 +71,16 @@ def make_train_step(
     The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches.
     """
     train = recipe.train
-    gradients = jax.value_and_grad(make_loss(model, train.label_smoothing), argnums=(0, 1), has_aux=True)
+    gradients = jax.value_and_grad(
+        make_loss(model, train.label_smoothing, train.sampled_items), argnums=(0, 1), has_aux=True
+    )
     rate = learning_rate(train)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         local, touched = model.localise(batch, touched_only=True)
         rows = gather(state.tables, touched)
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if model.config.dropout else None
+        random = model.config.dropout or train.sampled_items
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if random else None
 
         def micro(i: Any, part: Batch):
             part_key = None if key is None else jax.random.fold_in(key, i)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from onerec_jax.config import EvaluateConfig
 from onerec_jax.evaluate import floors
+from onerec_jax.generate.ranking import rank
 
 ITEMS = 8
 USERS = 6
@@ -163,7 +164,7 @@ def test_rank_equals_a_full_sort_by_score_then_item_row(data):
     exclude = data.draw(st.none() | st.lists(items, min_size=examples, max_size=examples))
     k = data.draw(st.integers(1, ITEMS + 2))
     before = scores.copy()
-    listed = floors.rank(scores, None if exclude is None else ragged(exclude), k)
+    listed = rank(scores, None if exclude is None else ragged(exclude), k)
     assert (scores == before).all()
     assert listed.dtype == np.int32
     for n in range(examples):
