@@ -63,6 +63,11 @@ def data(recipe: RecipeName, overrides: Overrides = None) -> None:
     card = Dataset(prepare(load_recipe(recipe, overrides or []))).card
     counts = card["counts"]
     say(", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int)))
+    if counts["train_targets"] < 0.5 * counts["train_events"]:
+        say(
+            f"warning: only {counts['train_targets'] / counts['train_events']:.0%} of the train events are ever a target; "
+            "see data.min_history, data.targets and data.target_stride"
+        )
 
 
 @app.command()
@@ -165,11 +170,12 @@ def board(
     name: Annotated[str, typer.Argument(help="a board of configs/boards/ by name, or a YAML file", metavar="BOARD")],
     overrides: Overrides = None,
     only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
+    processes: Annotated[int, typer.Option(help="jobs at a time, each on its share of the processors", min=1)] = 1,
 ) -> None:
     """Train and evaluate all rows of a board on all its seeds, or go on where it was stopped."""
     from onerec_jax.evaluate.board import load_board, run_board
 
-    folder = run_board(load_board(name), overrides or [], only=only, report=say)
+    folder = run_board(load_board(name), overrides or [], only=only, processes=processes, report=say)
     say((folder / "board.md").read_text())
     say(f"board: {folder / 'board.html'}")
 

@@ -435,7 +435,7 @@ class EvaluateConfig(Section):
     ks: tuple[PositiveInt, ...] = setting((5, 10), "cut-offs of Recall and NDCG", min_length=1)
     beam_width: int = setting(50, "beams of the trie-constrained search", ge=1)
     batch_size: int = setting(128, "users per search", ge=1)
-    max_examples: int = setting(0, "evaluate a seeded sample of this many examples, 0 = all", ge=0)
+    max_examples: int = setting(0, "evaluate a fixed random sample of this many examples, 0 = all", ge=0)
     exclude_seen: bool = setting(True, "leave out items the user met before the context's end")
     targets: Literal["positive", "all"] = setting("positive", "relevant items: positive events only, or every event")
     free_examples: int = setting(256, "examples whose unconstrained beams measure legality", ge=0)

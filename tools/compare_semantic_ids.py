@@ -2,7 +2,7 @@
 
     onerec data beauty_small data.source.path=FOLDER
     python tools/compare_semantic_ids.py beauty_small                      the figures of the IDs alone
-    python tools/compare_semantic_ids.py beauty_small --seeds 3 --steps 600    and Recall@10 of one small model on each
+    python tools/compare_semantic_ids.py beauty_small --seeds 3 --steps 500    and Recall@10 of one small model on each
 
 Every construction quantizes the same content vectors. The model of the last column is the same for all, with the same budget;
 items that share an ID get an extra level there. Every result is kept in `RESULTS/RECIPE/` as it comes, so a run that was
@@ -51,10 +51,11 @@ CONSTRUCTIONS: dict[str, list[str]] = {
     "random": [f"{KIND}=random"],
 }  # fmt: skip
 SMALL_MODEL = [
-    "model.d_model=64", "model.ffn_hidden=128", "model.encoder_layers=1", "model.decoder_layers=1",
-    "model.item_input=sid", "train.batch_size=128", "train.learning_rate=3e-3", "train.eval_every=0",
-    "train.checkpoint_every=1000000", "train.tensorboard=false", "evaluate.split=valid", "evaluate.max_examples=4000",
-    "evaluate.beam_width=20", "evaluate.free_examples=0", "evaluate.floors=[]",
+    "model.d_model=64", "model.ffn_hidden=128", "model.encoder_layers=1", "model.decoder_layers=1", "model.dropout=0",
+    "model.item_input=sid", "model.event_features=[]", "model.short_length=10", "train.batch_size=128",
+    "train.learning_rate=3e-3", "train.eval_every=0", "train.checkpoint_every=1000000", "train.tensorboard=false",
+    "evaluate.split=valid", "evaluate.max_examples=4000", "evaluate.beam_width=20", "evaluate.free_examples=0",
+    "evaluate.floors=[]",
 ]  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", type=int, default=0, help="models trained per construction")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of each")
     parser.add_argument(
         "--part",
         default="1/1",

@@ -36,7 +36,15 @@ from onerec_jax.data.lifelong import compress, hashed_content
 from onerec_jax.data.records import cluster_rows, encode, event_rows, write_records
 from onerec_jax.data.replacing import replacing
 from onerec_jax.data.schema import SCHEMA_VERSION, Tables
-from onerec_jax.data.split import SPLITS, Moments, check_not_empty, examples, split_moments, split_stops
+from onerec_jax.data.split import (
+    SPLITS,
+    Moments,
+    check_not_empty,
+    distinct_targets,
+    examples,
+    split_moments,
+    split_stops,
+)
 from onerec_jax.errors import InputError
 
 CARD = "card.json"
@@ -64,6 +72,11 @@ def prepare(recipe: Recipe) -> Path:
     tables = load_tables(recipe.data.source, recipe.seed)
     source = recipe.data.source.model_dump(mode="json")
     return write_dataset(tables, recipe.data, recipe.dataset_directory, recipe.seed, source)
+
+
+def settings_of(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide what is in a dataset, as its card records them."""
+    return data.model_dump(mode="json", exclude={"source", "directory"})
 
 
 def write_dataset(tables: Tables, data: DataConfig, directory: Path, seed: int, source: dict[str, Any]) -> Path:
@@ -104,7 +117,7 @@ def write_dataset(tables: Tables, data: DataConfig, directory: Path, seed: int, 
     card: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "source": source,
-        "settings": data.model_dump(mode="json", exclude={"source", "directory"}),
+        "settings": settings_of(data),
         "seed": seed,
         "counts": {
             "users": tables.users.num_rows,
@@ -112,6 +125,8 @@ def write_dataset(tables: Tables, data: DataConfig, directory: Path, seed: int, 
             "events": sum(len(partition.histories.item) for partition in partitions),
             "positive_events": sum(int(partition.histories.positive.sum()) for partition in partitions),
             "events_beyond_max_history": sum(partition.dropped for partition in partitions),
+            "train_events": sum(int(partition.train_stops.sum()) for partition in partitions),
+            "train_targets": distinct_targets(index["train"]),
             "examples": {name: len(rows) for name, rows in index.items()},
             "skipped": tables.skipped,
         },

@@ -99,6 +99,14 @@ def examples(histories: Histories, data: DataConfig, moments: Moments | None) ->
     return index
 
 
+def distinct_targets(examples: np.ndarray) -> int:
+    """How many events are a target of one of these examples, which are ordered as `examples` orders them."""
+    user, _, start, stop = examples.T
+    covered = np.zeros(len(examples), np.int64)
+    covered[1:] = np.where(user[1:] == user[:-1], stop[:-1], 0)
+    return int(np.maximum(0, stop - np.maximum(start, covered)).sum())
+
+
 def _request_begins(histories: Histories, part: np.ndarray, gap_s: float) -> np.ndarray:
     """True at the first event of each request; bool [N]."""
     begins = np.ones(len(part), bool)

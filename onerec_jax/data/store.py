@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onerec_jax.config import DataConfig
 from onerec_jax.data.items import read_items
-from onerec_jax.data.prepare import CARD, shard_name
+from onerec_jax.data.prepare import CARD, settings_of, shard_name
 from onerec_jax.data.records import History, decode, open_records
 from onerec_jax.data.schema import SCHEMA_VERSION, Vocabulary
 from onerec_jax.data.split import SPLITS
@@ -80,6 +81,21 @@ class Dataset:
     @property
     def num_items(self) -> int:
         return len(self.item_ids)
+
+    def check_settings(self, data: DataConfig, recipe: str) -> None:
+        """Checks that the dataset was made with these settings, `source` and `directory` apart.
+
+        Raises:
+            InputError: a setting has changed since, so that the recipe does not describe what is there.
+        """
+        made, asked = self.card["settings"], settings_of(data)
+        changed = [name for name in asked if made.get(name) != asked[name]]
+        if changed:
+            name = changed[0]
+            raise InputError(
+                f"{self.directory} was made with data.{name} {made.get(name)}, the recipe says {asked[name]}; make it anew "
+                f"with `onerec data {recipe}`, or name another data.directory"
+            )
 
     def examples(self, split: str) -> np.ndarray:
         """Rows (user row, cut, target start, target stop) of one split, int64 [N,4].

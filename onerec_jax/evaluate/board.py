@@ -13,12 +13,9 @@ import dataclasses
 import hashlib
 import json
 import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import yaml
 from pydantic import ValidationError
 
@@ -27,14 +24,10 @@ from onerec_jax.data.prepare import prepare
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.board_page import Row, html, markdown
-from onerec_jax.evaluate.evaluation import evaluate, evaluate_floors
-from onerec_jax.generate.load import load_recommender
+from onerec_jax.evaluate.evaluation import evaluate_floors
+from onerec_jax.evaluate.jobs import Job, Report, run_jobs
 from onerec_jax.recipe import CONFIGS, load_recipe
-from onerec_jax.tokenizer.semantic_ids import fit_and_save
-from onerec_jax.train.loop import pretrain
 from onerec_jax.train.metrics import read_metrics
-
-Report = Callable[[str], None]
 
 
 class Board(Section):
@@ -71,19 +64,6 @@ def load_board(name: str) -> Board:
     except ValidationError as error:
         problems = "; ".join(f"'{'.'.join(map(str, item['loc']))}': {item['msg']}" for item in error.errors())
         raise InputError(f"{path}: {problems}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One row of one seed."""
-
-    row: str
-    seed: int
-    recipe: Recipe
-
-    @property
-    def result(self) -> Path:
-        return self.recipe.run_directory / "result.json"
 
 
 def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path | None = None) -> list[Job]:
@@ -130,39 +110,18 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run_job(job: Job, dataset: Dataset, report: Report = print) -> dict[str, Any]:
-    """Tokenizer, training and evaluation of one job, each where it is missing; keeps and returns the result."""
-    if job.result.exists():
-        return json.loads(job.result.read_text())
-    recipe, started = job.recipe, time.perf_counter()
-    resumed = recipe.run_directory.exists()
-    if not (recipe.tokenizer_directory / "card.json").exists():
-        fit_and_save(dataset, recipe.tokenizer, recipe.seed, recipe.tokenizer_directory)
-    run = pretrain(recipe, report)
-    evaluation = evaluate(load_recommender(str(run)), report)
-    result = {
-        "metrics": evaluation.rows["model"],
-        "seconds": round(time.perf_counter() - started, 1),
-        "resumed": resumed,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-    partial = job.result.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.rename(job.result)
-    return result
-
-
 def run_board(
     board: Board,
     overrides: list[str] | tuple[str, ...] = (),
     folder: Path | None = None,
     only: str = "",
+    processes: int = 1,
     report: Report = print,
 ) -> Path:
     """Runs what is missing of a board; returns its folder, in which `board.md` and `board.html` hold what there is.
 
-    `only` names the rows to run, by a part of their names; results of others are shown where they are there.
+    `only` names the rows to run, by a part of their names; results of others are shown where they are there. Several
+    `processes` share the processors, which is faster than one job at a time on all of them where the models are small.
 
     Raises:
         InputError: no row of that name; bad settings or data, before anything is trained; a job's own error when its turn comes.
@@ -174,6 +133,7 @@ def run_board(
     if not (shared.dataset_directory / "card.json").exists():
         report(f"dataset: {prepare(shared)}")
     dataset = Dataset(shared.dataset_directory)
+    dataset.check_settings(shared.data, board.recipe)
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / f"floors_{_digest(shared.evaluate.model_dump(mode='json'), dataset.card.get('content_hash'))}.json"
     if not kept.exists():
@@ -181,28 +141,33 @@ def run_board(
         floors = evaluate_floors(dataset, shared)
         kept.write_text(json.dumps(dataclasses.asdict(floors), indent=1) + "\n")
     measured = json.loads(kept.read_text())
-    results: dict[str, list[tuple[Job, dict[str, Any]]]] = {row: [] for row in board.rows}
-    for number, job in enumerate(planned, 1):
-        if only not in job.row and not job.result.exists():
-            continue
-        report(f"{number} of {len(planned)}: {job.row}, seed {job.seed}")
-        results[job.row].append((job, run_job(job, dataset, report)))
-        _write(folder, board, overrides, measured, results)
+    missing = [job for job in planned if only in job.row and not job.result.exists()]
+    report(f"{len(planned)} jobs, {len(missing)} to run")
+    _write(folder, board, overrides, measured, planned)
+    for _ in run_jobs(missing, dataset, processes, report):
+        _write(folder, board, overrides, measured, planned)
     return folder
 
 
-def _write(folder: Path, board: Board, overrides: Any, floors: dict[str, Any], results: dict[str, Any]) -> None:
+def _write(folder: Path, board: Board, overrides: Any, floors: dict[str, Any], planned: list[Job]) -> None:
+    """`board.md` and `board.html` of all results there are."""
+    found: dict[str, list[tuple[Job, dict[str, Any]]]] = {row: [] for row in board.rows}
+    for job in planned:
+        if job.result.exists():
+            found[job.row].append((job, json.loads(job.result.read_text())))
     rows = [Row(name, [metrics], [], [], floor=True) for name, metrics in floors["rows"].items()]
-    for name, found in results.items():
+    for name, results in found.items():
         rows.append(
             Row(
                 name,
-                [result["metrics"] for _, result in found],
-                [result["seconds"] for _, result in found if not result["resumed"]],
-                [read_metrics(job.recipe.run_directory) for job, _ in found],
+                [result["metrics"] for _, result in results],
+                [result["seconds"] for _, result in results if not result["resumed"]],
+                [read_metrics(job.recipe.run_directory) for job, _ in results],
             )
         )
-    devices = sorted({f"{result['device']}, jax {result['jax']}" for found in results.values() for _, result in found})
+    devices = sorted(
+        {f"{result['device']}, jax {result['jax']}" for results in found.values() for _, result in results}
+    )
     command = " ".join(["onerec board", board.name, *overrides])
     for name, page in (("board.md", markdown), ("board.html", html)):
         text = page(board.name, floors["protocol"], command, "; ".join(devices), rows)

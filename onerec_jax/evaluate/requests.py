@@ -33,7 +33,7 @@ def _ragged(parts: list[np.ndarray]) -> Ragged:
 
 
 def collect_requests(dataset: Dataset, recipe: Recipe) -> Requests:
-    """The split's examples with a relevant item, all of them or a seeded sample of `evaluate.max_examples`.
+    """The split's examples with a relevant item, all of them or a fixed random sample of `evaluate.max_examples`.
 
     Raises:
         InputError: no example of the split has a relevant item.
@@ -41,7 +41,8 @@ def collect_requests(dataset: Dataset, recipe: Recipe) -> Requests:
     settings = recipe.evaluate
     examples = np.asarray(dataset.examples(settings.split))
     if settings.max_examples and len(examples) > settings.max_examples:
-        chosen = np.random.default_rng(recipe.seed).choice(len(examples), settings.max_examples, replace=False)
+        # the same sample whatever the run's seed, so that seeds of one board are compared on the same requests
+        chosen = np.random.default_rng(0).choice(len(examples), settings.max_examples, replace=False)
         examples = examples[np.sort(chosen)]
     kept, contexts, relevants, times = [], [], [], []
     for first in range(0, len(examples), 4096):

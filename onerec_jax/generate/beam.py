@@ -60,6 +60,7 @@ class _Search:
     """Decoder state of all beams of a batch, one level after the other."""
 
     def __init__(self, module: OneRec, context: Context, bias: dict[str, Array]):
+        assert module.decoder is not None, "a model with an item head has no codes to search"
         self.decoder = module.decoder
         self.bias = bias["decoder"]
         self.cross = self.decoder.cross_keys_values(context)

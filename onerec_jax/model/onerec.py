@@ -39,15 +39,16 @@ class OneRec(nnx.Module):
         return self.encoder(batch, rows, self.decoder.codes, bias["encoder"], key)
 
     def states(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
-        """With an item head: what each target is predicted from [B,T,D], and the expert loads."""
+        """With an item head: what each target is predicted from [B,T,D], the item vectors [I,D], and the expert loads."""
         assert self.head is not None
         context, load = self.encode(batch, rows, bias, key)
-        return self.head.states(context, batch.visible), {"encoder": load, "decoder": bias["decoder"]}
+        loads = {"encoder": load, "decoder": bias["decoder"]}
+        return self.head.states(context, batch.visible), self.head.items.embedding[...], loads
 
     def __call__(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
         """Teacher-forced logits per level (of all items with an item head), and the expert loads of both stacks."""
         if self.head is not None:
-            states, loads = self.states(batch, rows, bias, key)
+            states, _, loads = self.states(batch, rows, bias, key)
             return (self.head.logits(states),), loads
         assert self.decoder is not None
         context, encoder_load = self.encode(batch, rows, bias, key)

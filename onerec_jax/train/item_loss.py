@@ -6,6 +6,7 @@ Axis letters: N targets, D width, I items, S sampled items.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def item_loss(
     if sampled_items and key is not None:
         total = sampled_softmax(states, items_IxD, target, weight, sampled_items, key)
         return total, {"loss": (total, weights)}
-    total, cross_entropy, correct = full_softmax(states, items_IxD, target, weight, smoothing)
+    sums: Any = full_softmax(states, items_IxD, target, weight, smoothing)
+    total, cross_entropy, correct = sums
     return total, {"loss": (total, weights), "loss/item": (cross_entropy, weights), "accuracy/item": (correct, weights)}
 
 
@@ -94,7 +96,7 @@ def _chunks(
     weighted = jnp.where(jnp.arange(len(order)) < n, weight_N[order], 0.0)
     table = items_IxD.astype(states_NxD.dtype)
 
-    def chunk(total, index: Array, weight: Array):
+    def chunk(total: Any, index: Array, weight: Array):
         h, y = states_NxD[index], target_N[index]
         logits = (h @ table.T).astype(jnp.float32)
         top = jnp.max(logits, axis=-1)
@@ -114,13 +116,13 @@ def _chunks(
         error = error.at[jnp.arange(size), y].add(-weight * (1 - smoothing)).astype(h.dtype)
         return (total[0] + sums, total[1] + (error.T @ h).astype(jnp.float32)), error @ table
 
-    def nothing(total, index: Array, weight: Array):
+    def nothing(total: Any, index: Array, weight: Array):
         return total, jnp.zeros((size if gradients else 0, states_NxD.shape[1]), states_NxD.dtype)
 
     def step(total, part):
         return jax.lax.cond(jnp.any(part[1] > 0), chunk, nothing, total, *part)
 
-    start = (jnp.zeros(3), jnp.zeros(items_IxD.shape)) if gradients else (jnp.zeros(3),)
+    start: Any = (jnp.zeros(3), jnp.zeros(items_IxD.shape)) if gradients else (jnp.zeros(3),)
     total, by_chunk = jax.lax.scan(step, start, (order.reshape(-1, size), weighted.reshape(-1, size)))
     sums = (total[0][0], total[0][1], total[0][2])
     if not gradients:

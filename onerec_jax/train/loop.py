@@ -35,6 +35,7 @@ Report = Callable[[str], None]
 def load_inputs(recipe: Recipe) -> tuple[Dataset, SemanticIds, Model]:
     """Dataset, semantic IDs and the model whose sizes follow from them."""
     dataset = Dataset(recipe.dataset_directory)
+    dataset.check_settings(recipe.data, recipe.name)
     ids = SemanticIds.load(recipe.tokenizer_directory, dataset)
     if ids.codes.shape[0] != dataset.num_items:
         raise InputError(

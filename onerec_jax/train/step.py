@@ -48,9 +48,7 @@ def make_loss(
 
     def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None):
         if model.config.head == "items":
-            module = model.bind(params)
-            states, loads = module.states(batch, rows, bias, key)
-            items = module.head.items.embedding[...]
+            states, items, loads = model.bind(params).states(batch, rows, bias, key)
             sampling = None if key is None else jax.random.fold_in(key, 5)
             total, metrics = item_loss(
                 states, items, batch.target_item, batch.target_weight, smoothing, sampled_items, sampling

@@ -126,6 +126,10 @@ def test_rolling_examples_are_the_windows_of_each_request(
             kept = [window for window in windows if name != "train" or window[0] >= min_history]
             expected += [[user, *window] for window in kept]
         assert dataset.examples(name).tolist() == expected
+        if name == "train":
+            covered = {(user, event) for user, _, start, end_ in expected for event in range(start, end_)}
+            assert dataset.card["counts"]["train_targets"] == len(covered)
+            assert dataset.card["counts"]["train_events"] == dataset.train_stops.sum()
 
 
 def test_frozen_examples_hold_each_users_whole_split_behind_one_context(noise_tables, write):
@@ -301,3 +305,10 @@ def test_a_new_dataset_replaces_the_old_one(noise_tables, data_config, tmp_path)
         write_dataset(noise_tables(seed=seed), data_config(), tmp_path / "log", seed, {})
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert '"seed": 2' in (tmp_path / "log" / "card.json").read_text()
+
+
+def test_a_dataset_of_other_settings_is_refused_with_the_first_that_differs(noise_tables, write, data_config):
+    dataset = write(noise_tables(), targets=4)
+    dataset.check_settings(data_config(targets=4), "small")
+    with pytest.raises(InputError, match=r"made with data\.targets 4, the recipe says 3.*onerec data small"):
+        dataset.check_settings(data_config(targets=3), "small")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from onerec_jax.errors import InputError
-from onerec_jax.evaluate import board as boards
+from onerec_jax.evaluate import jobs as runs
 from onerec_jax.evaluate.board import Board, jobs, load_board, run_board
 from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import Evaluation
@@ -48,9 +48,9 @@ def trained(monkeypatch):
         width, seed = done[-1]
         return Evaluation("", {"model": {"R@10": width / 1000 + seed / 100}})
 
-    monkeypatch.setattr(boards, "pretrain", pretrain)
-    monkeypatch.setattr(boards, "load_recommender", lambda run: SimpleNamespace(run=run))
-    monkeypatch.setattr(boards, "evaluate", evaluate)
+    monkeypatch.setattr(runs, "pretrain", pretrain)
+    monkeypatch.setattr(runs, "load_recommender", lambda run: SimpleNamespace(run=run))
+    monkeypatch.setattr(runs, "evaluate", evaluate)
     return done
 
 
@@ -80,7 +80,7 @@ def test_a_second_call_trains_nothing_and_a_changed_row_alone_is_trained_again(s
 
 
 def test_a_board_that_was_killed_goes_on_with_the_job_it_was_at(small, trained, tmp_path, monkeypatch):
-    real, calls = boards.evaluate, []
+    real, calls = runs.evaluate, []
 
     def killed(recommender, report):
         calls.append(recommender.run)
@@ -88,7 +88,7 @@ def test_a_board_that_was_killed_goes_on_with_the_job_it_was_at(small, trained, 
             raise KeyboardInterrupt
         return real(recommender, report)
 
-    monkeypatch.setattr(boards, "evaluate", killed)
+    monkeypatch.setattr(runs, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         run_board(small, folder=tmp_path / "out", report=lambda line: None)
     run_board(small, folder=tmp_path / "out", report=lambda line: None)
@@ -154,3 +154,22 @@ def test_a_curve_ends_in_the_corners_of_its_chart():
     page = html("name", "protocol", "command", "device", [Row("row", [{"R@10": 0.5}], [], [curve])])
     points = np.array([p.split(",") for p in re.findall(r'points="([^"]*)"', page)[0].split()], float)
     np.testing.assert_allclose(points, [[0, 0], [320, 120], [640, 240]])
+
+
+def test_two_processes_train_and_evaluate_what_one_does(recipe, tmp_path, capfd):
+    """The real thing, tiny: an item head is quick to compile and to search."""
+    quick = ("model.head=items", "model.moe.experts=0", "model.lifelong_length=0", "model.positive_length=0")
+    rows = {"full": (*quick, "train.steps=2"), "sampled": (*quick, "train.steps=2", "train.sampled_items=20")}
+    board = Board(name="pair", recipe=recipe, seeds=(0,), rows=rows)
+    together = run_board(board, folder=tmp_path / "together", processes=2, report=lambda line: None)
+    assert "[full, seed 0] step 2/2" in capfd.readouterr().out
+    alone = run_board(board, folder=tmp_path / "alone", only="full", report=lambda line: None)
+    one, other = ((folder / "board.md").read_text() for folder in (together, alone))
+    assert line_of(one, "**full**").split("|")[2:-2] == line_of(other, "**full**").split("|")[2:-2]
+    assert "| 1 |" in line_of(one, "**sampled**") and "| 0 |" in line_of(other, "**sampled**")
+
+
+def test_a_job_that_fails_is_named_after_the_others_have_ended(recipe, tmp_path):
+    board = Board(name="pair", recipe=recipe, seeds=(0,), rows={"bad": ("mesh.data=7",), "worse": ("mesh.data=9",)})
+    with pytest.raises(InputError, match=r"bad, seed 0.*worse, seed 0|worse, seed 0.*bad, seed 0"):
+        run_board(board, folder=tmp_path / "out", processes=2, report=lambda line: None)
