@@ -74,14 +74,14 @@ def data(recipe: RecipeName, overrides: Overrides = None) -> None:
 def tokenize(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Fit the tokenizer on a dataset's items, print its quality and write its report."""
     from onerec_jax.data.store import Dataset
-    from onerec_jax.tokenizer.content import content_vectors
+    from onerec_jax.tokenizer.content import content_rows
     from onerec_jax.tokenizer.quality import table
     from onerec_jax.tokenizer.report import write_report
     from onerec_jax.tokenizer.semantic_ids import fit_and_save
 
     loaded = load_recipe(recipe, overrides or [])
     dataset, report = Dataset(loaded.dataset_directory), loaded.tokenizer_directory / "report.html"
-    content = content_vectors(dataset, loaded.tokenizer, loaded.seed)
+    content = content_rows(dataset, loaded.tokenizer, loaded.seed)
     ids = fit_and_save(dataset, loaded.tokenizer, loaded.seed, loaded.tokenizer_directory, content)
     say(table(ids.quality))
     write_report(ids, dataset, content, report)

@@ -145,6 +145,15 @@ def test_tokenize_prints_the_quality_and_writes_a_report_beside_the_ids(onerec, 
     assert Path("ids/report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_tokenize_leaves_given_embeddings_in_their_file(onerec, recipe_file, monkeypatch: pytest.MonkeyPatch):
+    from onerec_jax.tokenizer.embedding_files import EmbeddingRows
+
+    monkeypatch.delattr(EmbeddingRows, "whole")
+    np.save("given.npy", np.random.default_rng(0).normal(size=(150, 4)))
+    answer = onerec("tokenize", recipe_file(), "tokenizer.directory=ids", "tokenizer.embedding_path=given.npy")
+    assert (answer.code, answer.out.splitlines()[-1]) == (0, "report: ids/report.html"), answer.err
+
+
 def test_expand_gives_new_items_ids_and_moves_none(onerec, tmp_path: Path):
     rng = np.random.default_rng(0)
     embedding = rng.normal(size=(60, 4)).astype(np.float32)

@@ -22,6 +22,7 @@ from jax import Array
 
 from onerec_jax.config import AlignmentConfig
 from onerec_jax.errors import InputError
+from onerec_jax.tokenizer.kmeans import Rows
 from onerec_jax.tokenizer.pairs import Pairs
 from onerec_jax.tokenizer.quantizer import Arrays, checked
 
@@ -35,7 +36,7 @@ _VALUES_AT_ONCE = 1 << 24  # floats of content put on the device at once
 _ROWS_AT_ONCE = 65_536
 
 Params = dict[str, Array]
-Content = TypeVar("Content", Array, np.ndarray)
+Content = TypeVar("Content", bound=Rows)
 
 
 class Alignment(NamedTuple):
@@ -216,8 +217,10 @@ def fit(content: np.ndarray, pairs: Pairs, settings: AlignmentConfig, seed: int)
 _project_batch = jax.jit(lambda params, content: _project(params, _standardised(params, content)))
 
 
-def project(arrays: Arrays, content: np.ndarray) -> np.ndarray:
+def project(arrays: Arrays, content: Content) -> Content | np.ndarray:
     """Aligned vectors float32 [N,W], of norm 1, of content [N,D] or [N,M,D]; as it is where `arrays` has no alignment.
+
+    Content in a store is loaded whole to be aligned.
 
     Raises:
         InputError: content of another shape than the alignment's, or a value that is not finite.
@@ -225,18 +228,19 @@ def project(arrays: Arrays, content: np.ndarray) -> np.ndarray:
     params = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
     if not params:
         return content
+    whole = np.asarray(content[:])
     rank, width = 3 if "queries" in params else 2, len(params["center"])
-    if content.ndim != rank or content.shape[-1] != width or not content.size:
+    if whole.ndim != rank or whole.shape[-1] != width or not whole.size:
         raise InputError(
-            f"content of shape {list(content.shape)} does not fit the alignment, which was fitted on "
+            f"content of shape {list(whole.shape)} does not fit the alignment, which was fitted on "
             f"[items, {'tokens, ' if rank == 3 else ''}{width}]"
         )
-    checked(content.reshape(len(content), -1))
-    size = min(len(content), _ROWS_AT_ONCE, max(1, _VALUES_AT_ONCE // content[0].size))
-    result = np.empty((len(content), params["linear"].shape[1] if rank == 2 else params["queries"].size), np.float32)
+    checked(whole.reshape(len(whole), -1))
+    size = min(len(whole), _ROWS_AT_ONCE, max(1, _VALUES_AT_ONCE // whole[0].size))
+    result = np.empty((len(whole), params["linear"].shape[1] if rank == 2 else params["queries"].size), np.float32)
     with jax.default_matmul_precision("highest"):
-        for first in range(0, len(content), size):
-            rows = np.asarray(content[first : first + size], np.float32)
+        for first in range(0, len(whole), size):
+            rows = np.asarray(whole[first : first + size], np.float32)
             padded = np.pad(rows, ((0, size - len(rows)), *((0, 0),) * (rank - 1)))
             result[first : first + size] = np.asarray(_project_batch(params, padded))[: len(rows)]
     return result

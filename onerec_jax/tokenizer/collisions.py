@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from onerec_jax.tokenizer.kmeans import Rows
 from onerec_jax.tokenizer.quantizer import Arrays, quantizer
 from onerec_jax.tokenizer.runs import place_in_run
 from onerec_jax.tokenizer.trie import Trie
@@ -40,7 +41,7 @@ def extra_level(codes: np.ndarray, priority: np.ndarray) -> np.ndarray:
 
 
 def reassign(
-    method: str, kind: str, arrays: Arrays, vectors: np.ndarray, codes: np.ndarray, size: int, priority: np.ndarray
+    method: str, kind: str, arrays: Arrays, vectors: Rows, codes: np.ndarray, size: int, priority: np.ndarray
 ) -> np.ndarray:
     """Codes int32 [I,C] with other last codes for items that share theirs.
 
@@ -48,14 +49,14 @@ def reassign(
         method: `sinkhorn` or `nearest_free`, as in `tokenizer.dedup`.
         kind: the construction, as in `tokenizer.quantizer.kind`.
         arrays: the construction's.
-        vectors: content float32 [I,D].
+        vectors: content float32 [I,D]; only those of items that share their ID are read, some prefixes at a time.
         codes: int32 [I,C].
         size: K.
         priority: [I], the item with the largest chooses first (`nearest_free`).
     """
     distances = last_level_distances(kind, arrays, vectors, codes, size)
-    values_per_score = 1 if kind in _ADDITIVE else vectors.shape[1]
-    block = max(1, _VALUES // (size * values_per_score))
+    width = int(vectors.shape[1])
+    block = max(1, _VALUES // (max(size, width) if kind in _ADDITIVE else size * width))
     prefix, _ = _numbered(codes[:, :-1])
     if method == "sinkhorn":
         last = sinkhorn(prefix, codes[:, -1], size, distances, block)
@@ -64,7 +65,7 @@ def reassign(
     return np.column_stack([codes[:, :-1], last]).astype(np.int32)
 
 
-def last_level_distances(kind: str, arrays: Arrays, vectors: np.ndarray, codes: np.ndarray, size: int) -> Distances:
+def last_level_distances(kind: str, arrays: Arrays, vectors: Rows, codes: np.ndarray, size: int) -> Distances:
     """||x - decode(prefix of x, k)||^2 for every last code k, as a function of item rows.
 
     With residual codebooks that is ||residual - c_k||^2, one matrix product; else each candidate is decoded.
@@ -87,7 +88,7 @@ def last_level_distances(kind: str, arrays: Arrays, vectors: np.ndarray, codes: 
         prefixes = np.repeat(codes[rows[first], :-1], size, axis=0)
         decoded = decode(arrays, np.hstack([prefixes, np.tile(candidates, (len(first), 1))]))
         decoded = decoded.reshape(len(first), size, -1)[number]
-        return np.sum((vectors[rows, None] - decoded) ** 2, axis=2)
+        return np.sum((vectors[rows][:, None] - decoded) ** 2, axis=2)
 
     return of_decoded
 

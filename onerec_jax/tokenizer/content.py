@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -15,25 +16,30 @@ from sklearn.utils.extmath import randomized_svd
 
 from onerec_jax.config import TokenizerConfig
 from onerec_jax.errors import InputError
-from onerec_jax.tokenizer.embedding_files import read_embeddings
+from onerec_jax.tokenizer.embedding_files import EmbeddingRows, open_embeddings
 
 if TYPE_CHECKING:
     from onerec_jax.data.store import Dataset
+    from onerec_jax.tokenizer.kmeans import Rows
 
 _USERS_AT_ONCE = 1024  # histories read in one go
 WINDOW = 5  # positions between two events of one user that still count as a co-occurrence
 
 
+def _embedding_file(dataset: Dataset, config: TokenizerConfig, path: str) -> EmbeddingRows:
+    embedding = open_embeddings(path, dataset.item_ids)
+    if len(embedding.shape) == 3 and not (config.alignment.steps and config.content == ("embedding",)):
+        raise InputError(
+            f"tokenizer.embedding_path {path} holds tokens of shape {list(embedding.shape)}, which "
+            "need tokenizer.alignment.steps > 0 and tokenizer.content: [embedding]; else give [items, width]"
+        )
+    return embedding
+
+
 def _given_embedding(dataset: Dataset, config: TokenizerConfig, seed: int) -> np.ndarray:
     """Those of `config.embedding_path`, else the dataset's; float32 [I,D], or tokens [I,M,D] of a file."""
     if config.embedding_path is not None:
-        embedding = read_embeddings(config.embedding_path, dataset.item_ids)
-        if embedding.ndim == 3 and not (config.alignment.steps and config.content == ("embedding",)):
-            raise InputError(
-                f"tokenizer.embedding_path {config.embedding_path} holds tokens of shape {list(embedding.shape)}, which "
-                "need tokenizer.alignment.steps > 0 and tokenizer.content: [embedding]; else give [items, width]"
-            )
-        return embedding
+        return _embedding_file(dataset, config, config.embedding_path).whole()
     if dataset.items.embedding is None:
         raise InputError(
             "tokenizer.content names 'embedding' but the dataset's items have none; use 'text' or 'behaviour'"
@@ -190,3 +196,33 @@ def content_vectors(dataset: Dataset, config: TokenizerConfig, seed: int) -> np.
     if not config.content:
         raise InputError(f"tokenizer.content is empty; name at least one of {', '.join(_KINDS)}")
     return np.concatenate([_normalised(_KINDS[kind](dataset, config, seed)) for kind in config.content], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitRows:
+    """Rows of a store, float32 [I,D], L2-normalised as they are read (zero stays zero)."""
+
+    rows: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.rows.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return _normalised(self.rows[index])
+
+
+def content_rows(dataset: Dataset, config: TokenizerConfig, seed: int) -> Rows:
+    """The values of `content_vectors`, from the file itself as they are read where no step needs all at once.
+
+    That is given embeddings of an npy file or a zarr folder, without alignment, for residual k-means. Every read checks
+    that the values are finite in float32, and its InputError names the item row.
+
+    Raises:
+        InputError: as `content_vectors`, but for values that are not finite.
+    """
+    path = config.embedding_path
+    streams = config.content == ("embedding",) and config.quantizer.kind == "residual_kmeans"
+    if path is None or Path(path).suffix == ".parquet" or config.alignment.steps or not streams:
+        return content_vectors(dataset, config, seed)
+    return UnitRows(_embedding_file(dataset, config, path))

@@ -1,5 +1,7 @@
 """Item embeddings from a file of the caller's: npy or zarr by item row, or Parquet by item id.
 
+npy and zarr are read a slice at a time; Parquet is held whole, since its rows are found by id.
+
 Axis letters: I items, M tokens of an item, D width.
 """
 
@@ -7,7 +9,10 @@ Axis letters: I items, M tokens of an item, D width.
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,39 +26,110 @@ _ZARR = {".zarray": "zarr", "zarr.json": "zarr3"}  # a file of the folder that t
 _VALUES_AT_ONCE = 1 << 24
 
 
-def read_embeddings(path: str | Path, item_ids: np.ndarray) -> np.ndarray:
-    """Embeddings float32 [I,D], or tokens [I,M,D] (npy and zarr), of the items with the caller's ids [I].
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRows:
+    """Embeddings [I,D], or tokens [I,M,D], of a file: a slice or rows int [N] of them, float32, read when indexed.
+
+    Attributes:
+        path: of the file.
+        values: what it holds, in its own type: an array, a TensorStore or an `_Npy`.
+
+    Raises:
+        InputError: by indexing, where the file cannot be read or a value is not finite in float32; names the item row.
+    """
+
+    path: Path
+    values: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if isinstance(index, slice):
+            return self._converted(index)
+        # All pages and chunks that one read touches are in memory together, so rows far apart are read in turn.
+        span = index // self._rows_at_once
+        result = np.empty((len(index), *self.shape[1:]), np.float32)
+        for number in np.unique(span):
+            result[span == number] = self._converted(index[span == number])
+        return result
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(1, _VALUES_AT_ONCE // math.prod(self.shape[1:]))
+
+    def _converted(self, index: Any) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(self.raw(index), np.float32)
+        good = np.isfinite(values).all(tuple(range(1, values.ndim)))
+        if not good.all():
+            at = int(np.argmin(good))
+            row = range(self.shape[0])[index][at] if isinstance(index, slice) else int(index[at])
+            raise InputError(
+                f"the embedding of item row {row} in {self.path} has a value that is not finite in float32"
+            )
+        return values
+
+    def raw(self, index: Any) -> np.ndarray:
+        """What the file has there, neither converted nor checked."""
+        try:
+            return np.asarray(self.values[index])
+        except (OSError, EOFError, ValueError) as error:
+            raise _unreadable(self.path, error) from None
+
+    def whole(self) -> np.ndarray:
+        """All of them, float32, converted and checked some rows at a time."""
+        result = np.empty(self.shape, np.float32)
+        for first in range(0, len(result), self._rows_at_once):
+            part = slice(first, min(first + self._rows_at_once, len(result)))
+            result[part] = self[part]
+        return result
+
+
+def open_embeddings(path: str | Path, item_ids: np.ndarray) -> EmbeddingRows:
+    """Embeddings [I,D], or tokens [I,M,D] (npy and zarr), of the items with the caller's ids [I]; read when indexed.
 
     `NAME.npy` and a zarr folder (read with TensorStore) have one row per item row; `NAME.parquet` has the columns
     `item_id` and `embedding` (a list of numbers), in any order and with any items besides.
 
     Raises:
-        InputError: the file cannot be read, is of another format, shape or type, lacks an item, or has a value that is
-            not finite in float32.
+        InputError: the file cannot be read, is of another format, shape or type, or lacks an item.
     """
     path = Path(path)
     if path.suffix == ".parquet":
         values = _read_parquet(path, item_ids)
     elif path.suffix == ".npy":
-        values = _read_npy(path)
+        values = _open_npy(path)
     elif path.is_dir():
-        values = _read_zarr(path)
+        values = _open_zarr(path)
     else:
         raise InputError(
             f"tokenizer.embedding_path {path} is {'of an unknown format' if path.exists() else 'missing'}; "
             "expected a .npy file, a .parquet file or a zarr folder"
         )
-    return _checked(path, values, len(item_ids))
+    return _checked(EmbeddingRows(path, values), len(item_ids))
 
 
-def _read_npy(path: Path) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _Npy:
+    """Mapped anew for every read: the pages of a mapping count as this process's memory for as long as it lives."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)[index]
+
+
+def _open_npy(path: Path) -> _Npy:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return _Npy(path, np.load(path, mmap_mode="r", allow_pickle=False).shape)
     except (OSError, EOFError, ValueError) as error:
         raise _unreadable(path, error) from None
 
 
-def _read_zarr(path: Path) -> np.ndarray:
+def _open_zarr(path: Path) -> ts.TensorStore:
     driver = next((driver for file, driver in _ZARR.items() if (path / file).is_file()), None)
     if driver is None:
         raise InputError(
@@ -61,7 +137,7 @@ def _read_zarr(path: Path) -> np.ndarray:
         )
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(path.absolute())}}
     try:
-        return np.asarray(ts.open(spec, open=True, read=True).result().read().result())
+        return ts.open(spec, open=True, read=True).result()
     except ValueError as error:
         raise _unreadable(path, error) from None
 
@@ -115,25 +191,17 @@ def _rows_of(path: Path, ids: pa.Array, item_ids: np.ndarray) -> pa.Array:
     return rows
 
 
-def _checked(path: Path, values: np.ndarray, num_items: int) -> np.ndarray:
-    """Values as float32, converted and checked some rows at a time."""
-    if values.ndim not in (2, 3) or len(values) != num_items or not values.size:
+def _checked(rows: EmbeddingRows, num_items: int) -> EmbeddingRows:
+    path, shape = rows.path, rows.shape
+    if len(shape) not in (2, 3) or shape[0] != num_items or not math.prod(shape):
         raise InputError(
-            f"tokenizer.embedding_path {path} has shape {list(values.shape)}; expected [{num_items}, width] or "
+            f"tokenizer.embedding_path {path} has shape {list(shape)}; expected [{num_items}, width] or "
             f"[{num_items}, tokens, width], a row for every item of the dataset"
         )
-    if not (np.issubdtype(values.dtype, np.number) and np.isrealobj(values)) and values.dtype.name != "bfloat16":
-        raise InputError(f"tokenizer.embedding_path {path} has values of type {values.dtype}; expected floats")
-    result = np.empty(values.shape, np.float32)
-    step = max(1, _VALUES_AT_ONCE // values[0].size)
-    for first in range(0, num_items, step):
-        with np.errstate(over="ignore"):
-            result[first : first + step] = values[first : first + step]
-        good = np.isfinite(result[first : first + step]).reshape(-1, values[0].size).all(1)
-        if not good.all():
-            row = first + int(np.argmin(good))
-            raise InputError(f"the embedding of item row {row} in {path} has a value that is not finite in float32")
-    return result
+    first = rows.raw(slice(0, 1))
+    if not (np.issubdtype(first.dtype, np.number) and np.isrealobj(first)) and first.dtype.name != "bfloat16":
+        raise InputError(f"tokenizer.embedding_path {path} has values of type {first.dtype}; expected floats")
+    return rows
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -14,6 +14,7 @@ Axis letters: I former items, N new items, D width, L levels of the quantizer, C
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -276,8 +277,8 @@ def expand_semantic_ids(
     if len(added):
         arrays, codes[added] = _expanded(ids.codes[rows[1]], ids.levels, arrays, vectors[added], expansion, seed)
     sizes = _sizes(arrays, codes)
-    decoded = quantizer(ids.kind).decode(arrays, codes[:, : ids.levels])
-    report = quality.quality(vectors, decoded, codes, sizes, ids.levels)
+    decode = functools.partial(quantizer(ids.kind).decode, arrays)
+    report = quality.quality(vectors, decode, codes, sizes, ids.levels, config.batch_size)
     trie = Trie.build(codes, resolve_priority(dataset, config.resolve, seed))
     origin = _origin(ids, expansion, seed, len(added), dataset.card.get("content_hash"))
     return SemanticIds(codes, ids.kind, arrays, ids.levels, sizes, trie, report, origin)

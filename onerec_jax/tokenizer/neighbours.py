@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from onerec_jax.tokenizer.kmeans import Rows
 from onerec_jax.tokenizer.runs import place_in_run
 
 _SCORES_AT_ONCE = 1 << 24  # similarities held in memory; bounds memory, not the result
@@ -30,25 +31,40 @@ def chance(groups: np.ndarray) -> list[float]:
     return [float((size * (size - 1)).sum() / pairs) for size in sizes]
 
 
-def content_neighbours(content: np.ndarray, queries: np.ndarray, n: int) -> np.ndarray:
+def _unit(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [N,D] at length 1, float32, and which of them are zero, bool [N]."""
+    norm = np.linalg.norm(content, axis=1)
+    return (content / np.where(norm > 0, norm, 1)[:, None]).astype(np.float32), norm == 0
+
+
+def content_neighbours(content: Rows, queries: np.ndarray, n: int, batch_size: int = 65_536) -> np.ndarray:
     """Item rows int64 [Q,n] of highest cosine with each query item, itself left out; -1 where there are fewer.
 
-    An item without content (a zero vector) has no neighbours and is nobody's.
+    An item without content (a zero vector) has no neighbours and is nobody's. Of content float32 [I,D] the rows of the
+    queries are held, and `batch_size` others at a time.
     """
-    norm = np.linalg.norm(content, axis=1)
-    unit = (content / np.where(norm > 0, norm, 1)[:, None]).astype(np.float32)
-    empty, n_found = norm == 0, min(n, len(content))
+    asking, nothing = _unit(np.asarray(content[queries]))
     found = np.full((len(queries), n), -1, np.int64)
-    rows_at_once = max(1, _SCORES_AT_ONCE // len(content))
-    for start in range(0, len(queries), rows_at_once):
-        rows = queries[start : start + rows_at_once]
-        scores = unit[rows] @ unit.T
-        scores[:, empty] = -np.inf
-        scores[empty[rows]] = -np.inf
-        scores[np.arange(len(rows)), rows] = -np.inf
-        best = np.argpartition(scores, -n_found, axis=1)[:, -n_found:]
-        known = np.isfinite(np.take_along_axis(scores, best, axis=1))
-        found[start : start + len(rows), :n_found] = np.where(known, best, -1)
+    score = np.full(found.shape, -np.inf, np.float32)
+    items = int(content.shape[0])
+    for first in range(0, items, batch_size):
+        size = min(batch_size, items - first)
+        unit, empty = _unit(np.asarray(content[first : first + size]))
+        rows_at_once = max(1, _SCORES_AT_ONCE // size)
+        for start in range(0, len(queries), rows_at_once):
+            part = slice(start, start + rows_at_once)
+            scores = asking[part] @ unit.T
+            scores[:, empty] = -np.inf
+            own = queries[part] - first
+            here = (own >= 0) & (own < size)
+            scores[here, own[here]] = -np.inf
+            best = np.argpartition(scores, -min(n, size), axis=1)[:, -min(n, size) :]
+            both = np.hstack([score[part], np.take_along_axis(scores, best, axis=1)])
+            top = np.argpartition(both, -n, axis=1)[:, -n:]
+            score[part] = np.take_along_axis(both, top, axis=1)
+            found[part] = np.take_along_axis(np.hstack([found[part], best + first]), top, axis=1)
+    found[~np.isfinite(score)] = -1
+    found[nothing] = -1
     return found
 
 
@@ -89,11 +105,12 @@ def recall(groups: np.ndarray, queries: np.ndarray, neighbours: np.ndarray) -> t
 
 def neighbour_recall(
     codes: np.ndarray,
-    content: np.ndarray,
+    content: Rows,
     co_occurrence: sparse.csr_matrix | None,
     n: int = 10,
     seed: int = 0,
     sample: int = 20_000,
+    batch_size: int = 65_536,
 ) -> dict[str, Any]:
     """How many of an item's neighbours share its prefix of length 1 to L, as plain values.
 
@@ -106,6 +123,7 @@ def neighbour_recall(
         n: neighbours per item, or all there are.
         seed: of the sample.
         sample: query items at most; all items if there are no more. Neighbours are searched among all items.
+        batch_size: rows of content searched at once; bounds memory, not the result.
 
     Returns:
         `chance`, `content` and `co_clicked`: L shares each (None where no item has such a neighbour);
@@ -116,7 +134,7 @@ def neighbour_recall(
     if len(codes) > sample:
         queries = np.sort(np.random.default_rng(seed).choice(len(codes), sample, replace=False))
     result: dict[str, Any] = {"neighbours": n, "chance": chance(groups)}
-    found = {"content": content_neighbours(content, queries, n), "co_clicked": None}
+    found = {"content": content_neighbours(content, queries, n, batch_size), "co_clicked": None}
     if co_occurrence is not None:
         found["co_clicked"] = co_clicked_neighbours(co_occurrence, queries, n)
     for name, neighbours in found.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+
+from onerec_jax.tokenizer.kmeans import Rows
 
 
 def collisions(codes: np.ndarray) -> dict[str, Any]:
@@ -43,20 +46,29 @@ def reconstruction(vectors: np.ndarray, decoded: np.ndarray) -> dict[str, float]
 
 
 def quality(
-    vectors: np.ndarray, decoded: np.ndarray, codes: np.ndarray, codebook_sizes: tuple[int, ...], levels: int
+    vectors: Rows,
+    decode: Callable[[np.ndarray], np.ndarray],
+    codes: np.ndarray,
+    codebook_sizes: tuple[int, ...],
+    levels: int,
+    batch_size: int = 65_536,
 ) -> dict[str, Any]:
     """The quality report of semantic IDs, as plain values.
 
     Args:
         vectors: float32 [I,D], what was quantized.
-        decoded: float32 [I,D], what the codes give back of it.
+        decode: what codes int32 [N,L] give back of it, float32 [N,D].
         codes: int32 [I,C]; the first `levels` columns are the quantizer's, a further one tells items of one ID apart.
         codebook_sizes: C sizes.
         levels: L.
+        batch_size: rows read and decoded at once; bounds memory, not the result but for rounding.
     """
+    parts = [slice(first, min(first + batch_size, len(codes))) for first in range(0, len(codes), batch_size)]
+    losses = [reconstruction(np.asarray(vectors[part]), decode(codes[part, :levels])) for part in parts]
+    weights = [part.stop - part.start for part in parts]
     return {
         "items": len(codes),
-        **reconstruction(vectors, decoded),
+        **{name: float(np.average([loss[name] for loss in losses], weights=weights)) for name in losses[0]},
         "levels": [level_usage(column, size) for column, size in zip(codes.T, codebook_sizes, strict=True)],
         **collisions(codes),
         "quantized_collision_rate": collisions(codes[:, :levels])["collision_rate"],

@@ -48,8 +48,8 @@ class Items:
     """What a construction is fitted on.
 
     Attributes:
-        vectors: content, float32 [I,D], an array or a store that is read in slices; residual k-means alone does not load it
-            whole.
+        vectors: content, float32 [I,D], an array or a store that is read in slices; residual k-means alone, but for its
+            balanced levels, does not load it whole.
         codebook_sizes: K_l.
         seed: the result is a function of the items and the seed.
         iterations: of every k-means.

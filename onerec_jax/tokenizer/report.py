@@ -17,6 +17,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.tokenizer import alignment
 from onerec_jax.tokenizer.content import train_co_occurrence
 from onerec_jax.tokenizer.item_map import plane
+from onerec_jax.tokenizer.kmeans import Rows
 from onerec_jax.tokenizer.neighbours import neighbour_recall
 from onerec_jax.tokenizer.quality import level_usage, reconstruction
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -36,8 +37,10 @@ _SIMILARITIES = 400_000_000
 _SHARED_BY = (1, 2, 3, 4, 5, 10, 20, 50, 100, 1000)  # items per ID: lower ends of the rows of the collision table
 
 
-def write_report(ids: SemanticIds, dataset: Dataset, vectors: np.ndarray, path: str | Path) -> None:
+def write_report(ids: SemanticIds, dataset: Dataset, vectors: Rows, path: str | Path) -> None:
     """Writes the page. It appears whole or not at all, and is a function of the arguments.
+
+    Vectors that are rows of a store are read in samples, and once in slices of the batch size that the IDs were made with.
 
     Args:
         ids: the semantic IDs, of any construction.
@@ -48,8 +51,8 @@ def write_report(ids: SemanticIds, dataset: Dataset, vectors: np.ndarray, path: 
     Raises:
         InputError: the vectors are not those of the items, or the file cannot be written.
     """
-    if len(vectors) != len(ids.codes):
-        raise InputError(f"a report of {len(ids.codes)} items needs as many content vectors; there are {len(vectors)}")
+    if (given := int(vectors.shape[0])) != len(ids.codes):
+        raise InputError(f"a report of {len(ids.codes)} items needs as many content vectors; there are {given}")
     page, path = html(contents(ids, dataset, vectors)), Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -70,14 +73,15 @@ def html(values: dict[str, Any]) -> str:
     return template.replace("{{REPORT}}", text)
 
 
-def contents(ids: SemanticIds, dataset: Dataset, vectors: np.ndarray) -> dict[str, Any]:
+def contents(ids: SemanticIds, dataset: Dataset, vectors: Rows) -> dict[str, Any]:
     """Everything that the page shows, as plain values."""
     seed = int(ids.origin.get("seed", 0))
     bounds = node_bounds(ids)
     quantized = alignment.project(ids.arrays, vectors)
     items = len(ids.codes)
     queries = min(20_000, max(500, _SIMILARITIES // items))
-    flat = vectors.reshape(items, -1)
+    flat = vectors.reshape(items, -1) if isinstance(vectors, np.ndarray) else vectors
+    batch_size = ids.origin.get("tokenizer", {}).get("batch_size", 65_536)
     try:
         met = train_co_occurrence(dataset)
     except InputError:
@@ -92,7 +96,9 @@ def contents(ids: SemanticIds, dataset: Dataset, vectors: np.ndarray) -> dict[st
         "distinct": [len(starts) - 1 for starts in bounds[1:]],
         "reconstruction": reconstruction_by_level(ids, quantized, seed),
         "collisions": collisions(ids, dataset, bounds[ids.levels]),
-        "neighbours": neighbour_recall(ids.codes[:, : ids.levels], flat, met, seed=seed, sample=queries),
+        "neighbours": neighbour_recall(
+            ids.codes[:, : ids.levels], flat, met, seed=seed, sample=queries, batch_size=batch_size
+        ),
         "map": item_map(ids, dataset, quantized, seed),
         "tree": tree(ids, dataset, bounds),
     }
@@ -126,12 +132,12 @@ def level_use(column: np.ndarray, size: int) -> dict[str, Any]:
     }
 
 
-def reconstruction_by_level(ids: SemanticIds, vectors: np.ndarray, seed: int) -> list[dict[str, float]]:
+def reconstruction_by_level(ids: SemanticIds, vectors: Rows, seed: int) -> list[dict[str, float]]:
     """What the first 0, 1, .. L codes give back of the quantized vectors [I,D], of a seeded sample where I is large.
 
     `explained` is the share of the vectors' variance, at least 0; no code at all gives their mean.
     """
-    rows = np.arange(len(vectors))
+    rows = np.arange(len(ids.codes))
     if len(rows) > _DECODED_ITEMS:
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), _DECODED_ITEMS, replace=False))
     sample = np.asarray(vectors[rows], np.float32)
@@ -198,9 +204,9 @@ def collisions(
     return {"shared_by": rows, "largest": crowds}
 
 
-def item_map(ids: SemanticIds, dataset: Dataset, vectors: np.ndarray, seed: int) -> dict[str, Any]:
+def item_map(ids: SemanticIds, dataset: Dataset, vectors: Rows, seed: int) -> dict[str, Any]:
     """A seeded sample of items on a plane, with codes and titles."""
-    rows = np.random.default_rng(seed).permutation(len(vectors))[:_MAP_ITEMS]
+    rows = np.random.default_rng(seed).permutation(len(ids.codes))[:_MAP_ITEMS]
     places, layout = plane(np.asarray(vectors[rows], np.float32), seed)
     return {
         "layout": layout,

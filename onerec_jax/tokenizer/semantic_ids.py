@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,8 @@ from onerec_jax.data.replacing import replacing
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer import alignment, quality
 from onerec_jax.tokenizer.collisions import extra_level, reassign
-from onerec_jax.tokenizer.content import behaviour_vectors, content_vectors, train_co_occurrence
+from onerec_jax.tokenizer.content import behaviour_vectors, content_rows, train_co_occurrence
+from onerec_jax.tokenizer.kmeans import Rows
 from onerec_jax.tokenizer.pairs import mine_pairs
 from onerec_jax.tokenizer.quantizer import Arrays, Items, quantizer
 from onerec_jax.tokenizer.trie import Trie
@@ -180,20 +182,25 @@ def fit_semantic_ids(
     dataset: Dataset,
     config: TokenizerConfig,
     seed: int,
-    content: np.ndarray | None = None,
+    content: Rows | None = None,
     progress: Path | None = None,
 ) -> SemanticIds:
     """Semantic IDs of all items of a dataset: content vectors, quantizer, optional extra level, trie, report.
 
-    `content` is what `content_vectors` gives for these arguments, if it is there already; `progress` a folder in which
+    Content that is rows of a store is read in slices of `config.batch_size`, or in samples. `dedup` by `sinkhorn` and
+    `nearest_free` reads the vectors of colliding items, some prefixes at a time; alignment, balanced levels and every
+    construction but residual k-means load all vectors.
+
+    `content` is what `content_rows` gives for these arguments, if it is there already; `progress` a folder in which
     residual k-means keeps its finished levels.
 
     Raises:
         InputError: the dataset lacks the content the config names, or a content vector is not finite.
     """
-    content, projection = content_vectors(dataset, config, seed) if content is None else content, {}
+    content, projection = content_rows(dataset, config, seed) if content is None else content, {}
     if config.alignment.steps:
-        projection = alignment.fit(content, mine_pairs(dataset, config.alignment), config.alignment, seed).arrays
+        pairs = mine_pairs(dataset, config.alignment)
+        projection = alignment.fit(np.asarray(content[:]), pairs, config.alignment, seed).arrays
     vectors = alignment.project(projection, content)
     items = Items(
         vectors,
@@ -220,15 +227,15 @@ def fit_semantic_ids(
         "dataset": dataset.card.get("content_hash"),
     }
     levels = fitted.codes.shape[1]
-    decoded = quantizer(kind).decode(fitted.arrays, codes[:, :levels])
-    report = quality.quality(vectors, decoded, codes, sizes, levels)
+    decode = functools.partial(quantizer(kind).decode, fitted.arrays)
+    report = quality.quality(vectors, decode, codes, sizes, levels, config.batch_size)
     report["quantized_collision_rate"] = quality.collisions(fitted.codes)["collision_rate"]
     trie = Trie.build(codes, priority)
     return SemanticIds(codes, kind, fitted.arrays | projection, levels, sizes, trie, report, origin)
 
 
 def fit_and_save(
-    dataset: Dataset, config: TokenizerConfig, seed: int, directory: Path, content: np.ndarray | None = None
+    dataset: Dataset, config: TokenizerConfig, seed: int, directory: Path, content: Rows | None = None
 ) -> SemanticIds:
     """`fit_semantic_ids`, saved in `directory`. A call after one that was killed goes on after its last finished level.
 

@@ -8,10 +8,14 @@ from onerec_jax.config import TokenizerConfig
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer import embedding_files
 from onerec_jax.tokenizer.content import content_vectors
-from onerec_jax.tokenizer.embedding_files import read_embeddings
+from onerec_jax.tokenizer.embedding_files import open_embeddings
 
 VALUES = np.arange(12, dtype=np.float32).reshape(4, 3)
 IDS = np.array([7, 3, 9, 1])
+
+
+def read_embeddings(path, item_ids):
+    return open_embeddings(path, item_ids).whole()
 
 
 def parquet(path, ids, embeddings, kind=None):
@@ -43,6 +47,48 @@ def test_npy_and_zarr_have_a_row_per_item_row(tmp_path, dtype):
         read = read_embeddings(path, IDS)
         assert read.dtype == np.float32
         np.testing.assert_array_equal(read, VALUES)
+
+
+@pytest.mark.parametrize("write", [npy, zarr])
+def test_slices_and_rows_in_any_order_are_read_as_float32(tmp_path, write):
+    rows = open_embeddings(write(tmp_path / "a.npy", np.asfortranarray(VALUES, np.float16)), IDS)
+    assert rows.shape == (4, 3)
+    for index in (slice(1, 3), slice(None), np.array([3, 0, 3]), np.array([], np.int64)):
+        assert rows[index].dtype == np.float32 and rows[index].flags.c_contiguous
+        np.testing.assert_array_equal(rows[index], VALUES[index])
+
+
+@pytest.mark.parametrize("write", [npy, zarr])
+def test_rows_far_apart_are_read_in_turn(tmp_path, write, monkeypatch):
+    monkeypatch.setattr(embedding_files, "_VALUES_AT_ONCE", 30)  # ten rows
+    values = np.random.default_rng(0).normal(size=(95, 3)).astype(np.float32)
+    rows, reads = open_embeddings(write(tmp_path / "a.npy", values), np.arange(95)), []
+    read = embedding_files.EmbeddingRows.raw
+    monkeypatch.setattr(embedding_files.EmbeddingRows, "raw", lambda rows, at: [reads.append(at), read(rows, at)][1])
+    index = np.random.default_rng(1).permutation(95)[:40]
+    np.testing.assert_array_equal(rows[index], values[index])
+    assert all(np.ptp(at) < 10 for at in reads) and sorted(np.concatenate(reads)) == sorted(index)
+
+
+@pytest.mark.parametrize("write", [npy, zarr])
+def test_a_value_that_is_not_finite_is_named_by_its_item_row_however_it_is_read(tmp_path, write):
+    rows = open_embeddings(write(tmp_path / "a.npy", np.where(VALUES == 7, np.inf, VALUES)), IDS)
+    np.testing.assert_array_equal(rows[:2], VALUES[:2])
+    for index in (slice(1, 4), slice(None), np.array([3, 2, 0])):
+        with pytest.raises(InputError, match=r"item row 2 in .* not finite in float32"):
+            rows[index]
+
+
+def test_a_file_that_is_damaged_while_it_is_read_is_refused(tmp_path):
+    cut, broken = npy(tmp_path / "cut.npy", VALUES), zarr(tmp_path / "broken", VALUES)
+    for path, damaged in ((cut, cut), (broken, broken / "0.0")):
+        rows = open_embeddings(path, IDS)
+        damaged.write_bytes(damaged.read_bytes()[:-5])
+        with pytest.raises(InputError, match=f"{path.name} cannot be read: "):
+            rows[:2]
+        damaged.unlink()
+    with pytest.raises(InputError, match=r"cut\.npy cannot be read: the file is missing"):
+        open_embeddings(cut, IDS)
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 3)])

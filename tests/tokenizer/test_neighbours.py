@@ -82,7 +82,8 @@ def test_recall_falls_with_the_length_of_the_prefix():
 def test_batches_do_not_change_the_result(monkeypatch):
     expected = neighbour_recall(*random_set())
     monkeypatch.setattr(neighbours, "_SCORES_AT_ONCE", 130)
-    assert neighbour_recall(*random_set()) == expected
+    for batch_size in (1, 7, 40, 99):
+        assert neighbour_recall(*random_set(), batch_size=batch_size) == expected
 
 
 def test_a_sample_of_queries_is_seeded_and_looks_for_neighbours_among_all_items():

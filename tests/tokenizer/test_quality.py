@@ -1,3 +1,4 @@
+import functools
 import io
 import math
 
@@ -12,10 +13,10 @@ from onerec_jax.tokenizer.quantizer import with_codebooks
 BOOKS = (np.array([[0, 0], [4, 0], [0, 4], [4, 4]], np.float32), np.array([[0, 0], [1, 1]], np.float32))
 
 
-def report_of(vectors, codes):
-    decoded = rq_kmeans.decode(with_codebooks(BOOKS), codes[:, :2])
+def report_of(vectors, codes, batch_size=64):
+    decode = functools.partial(rq_kmeans.decode, with_codebooks(BOOKS))
     sizes = (4, 2, *(int(column.max()) + 1 for column in codes.T[2:]))
-    return quality(vectors, decoded, codes, sizes, 2)
+    return quality(vectors, decode, codes, sizes, 2, batch_size)
 
 
 def test_report_of_a_set_worked_out_by_hand():
@@ -31,6 +32,15 @@ def test_report_of_a_set_worked_out_by_hand():
     assert first == {"codes": 4, "utilisation": 0.5, "entropy": pytest.approx(math.log(2))}
     assert second["utilisation"] == 1
     assert second["entropy"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_vectors_are_read_and_decoded_in_batches_that_do_not_change_the_result(batch_size):
+    rng = np.random.default_rng(0)
+    codes, vectors = rng.integers(0, (4, 2), (7, 2)).astype(np.int32), rng.normal(size=(7, 2)).astype(np.float32)
+    report, whole = report_of(vectors, codes, batch_size), report_of(vectors, codes)
+    for name, value in whole.items():
+        assert report[name] == (pytest.approx(value, rel=1e-6) if name.startswith("reconstruction") else value)
 
 
 def test_even_use_reaches_the_ceiling_and_one_code_has_no_entropy():
