@@ -125,16 +125,27 @@ PREDICTORS: dict[str, Callable[[dict[str, Any]], float | None]] = {
 }
 
 
+# Codes of these stand for an item or a cluster of items, so that their error is that of knowing which, not of a codebook.
+WITHOUT_CODEBOOKS = ("hierarchical", "co-occurrence", "sequential", "random")
+
+
 def predictors(figures_of: dict[str, dict[str, Any]], recall_of: dict[str, list[float]]) -> list[str]:
-    """Spearman's rank correlation of each figure with mean recall, over the constructions that have both."""
-    lines = ["| figure | rank correlation with Recall@10 |", "|---|---|"]
+    """Spearman's rank correlation of each figure with mean recall: over all constructions, and those with codebooks."""
+    groups = [list(recall_of), [name for name in recall_of if not name.startswith(WITHOUT_CODEBOOKS)]]
+    lines = ["| figure | rank correlation with Recall@10 | among constructions with codebooks |", "|---|---|---|"]
     for name, figure in PREDICTORS.items():
-        pairs = [(figure(figures_of[key]), np.mean(recalls)) for key, recalls in recall_of.items() if recalls]
-        known = [(value, recall) for value, recall in pairs if value is not None]
-        if len(known) > 2 and len({value for value, _ in known}) > 1:
-            ranks = [rankdata(column) for column in zip(*known, strict=True)]
-            lines.append(f"| {name} | {np.corrcoef(*ranks)[0, 1]:+.2f} |")
+        cells = [_correlation([(figure(figures_of[key]), recall_of[key]) for key in group]) for group in groups]
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
+
+
+def _correlation(pairs: list[tuple[float | None, list[float]]]) -> str:
+    known = [(value, np.mean(recalls)) for value, recalls in pairs if value is not None and recalls]
+    if len(known) < 3 or len({value for value, _ in known}) < 2:
+        return ""
+    ranks = [rankdata(column) for column in zip(*known, strict=True)]
+    return f"{np.corrcoef(*ranks)[0, 1]:+.2f}"
 
 
 def main() -> None:

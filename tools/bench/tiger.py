@@ -48,7 +48,9 @@ def made_up_batch(size: int, targets: int, causal: bool, seed: int = 0) -> Batch
         item = rng.integers(0, ITEMS, (size, length)).astype(np.int32)
         zeros = np.zeros((size, length), np.int32)
         seconds = np.zeros((size, length), np.float32)
-        return ItemFeatures(item, codes[item], zeros, zeros, seconds, seconds, seconds, np.zeros((size, length, 0), np.uint8))
+        return ItemFeatures(
+            item, codes[item], zeros, zeros, seconds, seconds, seconds, np.zeros((size, length, 0), np.uint8)
+        )
 
     target = rng.integers(0, ITEMS, (size, targets)).astype(np.int32)
     visible = np.arange(EVENTS - targets + 1, EVENTS + 1) if causal else np.full(targets, EVENTS)
@@ -131,7 +133,9 @@ def main() -> None:
             step()
             seconds[name].append(time.perf_counter() - started)
     rates = {name: contestants[name][0] * given.batch / statistics.median(s) for name, s in seconds.items()}
-    table = Table("", "step, ms: median", "least", "most", "examples/s", "x eager", "x compiled", title="training, float32")
+    table = Table(
+        "", "step, ms: median", "least", "most", "examples/s", "x eager", "x compiled", title="training, float32"
+    )
     for name, rate in rates.items():
         ms = [1000 * s for s in seconds[name]]
         table.add_row(
