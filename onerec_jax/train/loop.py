@@ -206,9 +206,10 @@ class Speed:
             sampled_items=self._recipe.train.sampled_items,
         )  # fmt: skip
         rate = flops.training * self._requests / seconds
+        by_code = self._model.config.head == "codes"
         values = {
             "examples_per_s": self._requests / seconds,
-            "target_tokens_per_s": self._targets * self._model.vocabulary.levels / seconds,
+            "target_tokens_per_s": self._targets * (self._model.vocabulary.levels if by_code else 1) / seconds,
             "targets_per_context": self._targets / requests,
             "gflops": rate / 1e9,
             "data_wait": self._wait / seconds,
