@@ -59,7 +59,7 @@ class Recommender:
 
         By trie-constrained beam search; a model with an item head scores every item.
         """
-        if self.model.config.head == "items":
+        if self.recipe.model.head == "items":
             return self._rank_all(examples, seen, k, progress)
         settings = self.recipe.evaluate
         search = make_beam_search(self.model, settings.beam_width)
