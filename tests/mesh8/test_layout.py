@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from onerec_jax.config import MeshConfig
 from onerec_jax.errors import InputError
+from onerec_jax.evaluate.board import load_board
 from onerec_jax.model.onerec import build, planned_vocabulary
 from onerec_jax.parallel import sharding
 from onerec_jax.parallel.mesh import check_batch, data_parallel, make_mesh
@@ -22,6 +23,7 @@ from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, init_state
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+ROWS = ("SASRec, full softmax", "HSTU, full softmax", "TIGER")  # of Beauty's board
 MESHES = {
     "data 8": MeshConfig(),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
@@ -32,8 +34,9 @@ MESHES = {
 
 @functools.cache
 def _shapes(recipe_name: str, optimizer: str) -> TrainState:
-    """The whole train state of a recipe, as shapes."""
-    recipe = load_recipe(recipe_name, [f"train.optimizer={optimizer}"])
+    """The whole train state of a recipe or of a row of Beauty's board, as shapes."""
+    row = load_board("beauty").rows[recipe_name] if recipe_name in ROWS else ()
+    recipe = load_recipe("beauty_small" if row else recipe_name, [*row, f"train.optimizer={optimizer}"])
     model = build(recipe.model, planned_vocabulary(recipe))
     return jax.eval_shape(lambda: init_state(model, make_optimizer(recipe.train), 0))
 
@@ -52,7 +55,7 @@ def test_there_are_eight_devices():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *ROWS])
 def test_every_leaf_of_a_recipes_train_state_matches_one_rule_and_fits_every_mesh(recipe: str, optimizer: str):
     shapes = _shapes(recipe, optimizer)
     for name, leaf in _leaves(shapes).items():
@@ -68,7 +71,9 @@ def test_every_leaf_of_a_recipes_train_state_matches_one_rule_and_fits_every_mes
 
 
 def test_every_rule_is_that_of_some_leaf():
-    names = [name for recipe in RECIPES for kind in ("adamw", "muon") for name in _leaves(_shapes(recipe, kind))]
+    names = [
+        name for recipe in [*RECIPES, *ROWS] for kind in ("adamw", "muon") for name in _leaves(_shapes(recipe, kind))
+    ]
     unused = [p for p, _ in PARAMETERS if not any(re.fullmatch(f"(.*/)?{p}", name) for name in names)]
     assert unused == []
 

@@ -135,8 +135,9 @@ def test_an_hstu_block_equals_its_equations_written_out():
     np.testing.assert_allclose(got[0], expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_analytic_flops_agree_with_the_compilers(shape: dict):
+@pytest.mark.parametrize("name", ["SASRec", "HSTU", "TIGER"])
+def test_the_analytic_flops_agree_with_the_compilers(name: str):
+    shape = SHAPES[name]
     config = tiny_model(**{**shape, "d_model": 256, "ffn_hidden": 512, "heads": 4, "author_dim": 64, "feature_dim": 64,
                            "static_dim": 64, "head_dim": 32 if "head_dim" in shape else 0})  # fmt: skip
     model = build(config, VOCABULARY)
