@@ -12,6 +12,7 @@ a context, and as it trains, every position of a causal encoder a target (6 a co
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -80,15 +81,13 @@ def ours(recipe: Recipe, size: int, targets: int) -> Callable[[], None]:
 
 def torch_t5(size: int, *, compiled: bool) -> Callable[[], None]:
     """A train step of Hugging Face's T5."""
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
-
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     torch.manual_seed(0)
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=1 + LEVELS * CODES + USERS, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6,
         dropout_rate=0.1, feed_forward_proj="relu", decoder_start_token_id=0, pad_token_id=0, use_cache=False,
     )  # fmt: skip
-    model = T5ForConditionalGeneration(config).train()
+    model = transformers.T5ForConditionalGeneration(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     batch = made_up_batch(size, 1, causal=False)
     offsets = 1 + CODES * np.arange(LEVELS)
