@@ -329,6 +329,10 @@ class ModelConfig(Section):
     def width_of_head(self) -> int:
         return self.head_dim or self.d_model // self.heads
 
+    def tokens_per_event(self, levels: int) -> int:
+        """Encoder tokens of one event, where semantic IDs have this many levels."""
+        return levels if self.event_tokens == "codes" else 1
+
     def feature_widths(self) -> dict[str, int]:
         """Embedding width of each of `event_features`."""
         return {name: self.author_dim if name == "author" else self.feature_dim for name in self.event_features}
@@ -354,6 +358,8 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.head items has no decoder to put experts in: set moe.location both or moe.experts 0"
             )
+        if self.head == "items" and self.item_rows:
+            raise ValueError("model.head items has one vector per item: model.item_rows must be 0")
         if self.moe.experts and self.moe.active > self.moe.experts:
             raise ValueError(f"model.moe.active {self.moe.active} must be at most model.moe.experts {self.moe.experts}")
         if self.moe.experts:
@@ -421,6 +427,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
+        if self.sampled_items and self.label_smoothing:
+            raise ValueError("train.label_smoothing is over all items: it must be 0 where train.sampled_items is not")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.batch_size {self.batch_size} does not divide into train.accumulation {self.accumulation} micro-batches"
@@ -462,6 +470,14 @@ class Recipe(Section):
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _samples_items(self) -> Recipe:
+        if self.train.sampled_items and self.model.head != "items":
+            raise ValueError(
+                "train.sampled_items is of model.head items; with codes the softmax is always over all of a level"
+            )
+        return self
 
     @property
     def dataset_directory(self) -> Path:

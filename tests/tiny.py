@@ -19,6 +19,19 @@ TINY = {
     "static_dim": 8, "author_dim": 16, "feature_dim": 8,
 }  # fmt: skip
 
+# Changes of `TINY` to the shapes of other models.
+ALONE = {"positive_length": 0, "lifelong_length": 0}
+PLAIN = {**ALONE, "event_features": [], "project_events": False, "item_input": "id", "user_id": False}
+SHAPES = {
+    "SASRec": {**PLAIN, "head": "items", "causal": True},
+    "SASRec of semantic IDs": {**ALONE, "head": "items", "item_input": "both"},
+    "HSTU": {**ALONE, "head": "items", "causal": True, "block": "hstu"},
+    "OneRec on HSTU": {**ALONE, "block": "hstu"},
+    "TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head_dim": 12},
+    "causal TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "causal": True},
+    "HSTU of codes": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head": "items", "block": "hstu"},
+}
+
 
 def tiny_model(**changes) -> ModelConfig:
     return ModelConfig.model_validate({**TINY, **changes})

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.generate.load import load_recommender
 from onerec_jax.tokenizer.semantic_ids import fit_and_save
-from onerec_jax.train.loop import pretrain
-
-Report = Callable[[str], None]
+from onerec_jax.train.loop import Report, pretrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,13 @@ from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import make_batch
 from onerec_jax.data.store import Dataset
 from onerec_jax.generate.beam import device_trie, make_beam_search, resolve_items
-from onerec_jax.generate.ranking import rank
+from onerec_jax.generate.ranking import Ragged, rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
 from onerec_jax.parallel.mesh import data_parallel, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.state import TrainState
-
-Ragged = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

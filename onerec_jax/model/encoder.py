@@ -64,13 +64,13 @@ class Encoder(nnx.Module):
         projected = self.lengths if config.project_events else ()
         self.projection = nnx.Dict({name: PathwayMLP(features, hidden, d, rngs) for name in projected})
         self.qformer = QFormer(config, rngs) if config.lifelong_length else None
-        self.per_event = vocabulary.levels if config.event_tokens == "codes" else 1
+        self.per_event = config.tokens_per_event(vocabulary.levels)
         positions = 1 + self.per_event * sum(self.lengths.values())
         self.position = nnx.Param(jax.random.normal(rngs.params(), (positions, d)) * 0.02)
         moe = bool(config.moe.experts) and config.moe.location == "both"
 
         def make_block(moe: bool, rngs: nnx.Rngs) -> nnx.Module:
-            return HSTUBlock(config, rngs) if config.block == "hstu" else EncoderBlock(config, moe, rngs)
+            return HSTUBlock(config, positions, rngs) if config.block == "hstu" else EncoderBlock(config, moe, rngs)
 
         self.stack = Stack(make_block, config, config.encoder_layers, moe, rngs)
         self.norm = RMSNorm(d)

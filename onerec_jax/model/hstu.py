@@ -19,10 +19,9 @@ class HSTUBlock(nnx.Module):
     The bias of a pair is of their distance in the sequence and, where the log has times, of the time between them.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, tokens: int, rngs: nnx.Rngs):
         d, width = config.d_model, config.heads * config.width_of_head
         self.heads, self.rate = config.heads, config.dropout
-        tokens = 1 + config.short_length
         self.input_norm = RMSNorm(d)
         self.mix = Linear(d, 4 * width, rngs)
         self.gate_norm = RMSNorm(width)

@@ -19,7 +19,7 @@ class ItemHead(nnx.Module):
         self.items = Embedding(vocabulary.items, config.d_model, rngs)
         in_codes = config.item_input in ("sid", "both")
         self.codes = CodeEmbedding(vocabulary.codebook_sizes, config.d_model, rngs) if in_codes else None
-        self.tokens_per_event = vocabulary.levels if config.event_tokens == "codes" else 1
+        self.tokens_per_event = config.tokens_per_event(vocabulary.levels)
 
     def states(self, context: Context, visible_BxT: Array) -> Array:
         """What each target is predicted from [B,T,D]: the last token it may see, the static one where it sees no event."""

@@ -84,7 +84,7 @@ def request_flops(
             2 * 2 * d * width + 2 * 2 * width * lifelong + 2 * 2 * d * config.ffn_hidden
         )
         compressor = per_event * lifelong + config.lifelong_layers * per_block
-    n = 1 + (short + positive) * (levels if config.event_tokens == "codes" else 1) + queries
+    n = 1 + (short + positive) * config.tokens_per_event(levels) + queries
     width = config.heads * config.width_of_head
     if config.block == "hstu":
         encoder = config.encoder_layers * (n * 2 * 5 * d * width + 2 * 2 * n * n * width)

@@ -56,7 +56,7 @@ def sampled_softmax(
     own = jnp.sum(states_NxD * jnp.take(items_IxD, target_N, axis=0).astype(dtype), axis=-1).astype(jnp.float32)
     others = (states_NxD @ jnp.take(items_IxD, sample_S, axis=0).astype(dtype).T).astype(jnp.float32)
     others = jnp.where(sample_S == target_N[:, None], -jnp.inf, others + jnp.log((rows - 1) / samples))
-    loss = jnp.logaddexp(own, jax.nn.logsumexp(others, axis=-1)) - own
+    loss = jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=-1), axis=-1) - own
     return jnp.sum(jnp.where(weight_N > 0, loss * weight_N, 0.0))
 
 

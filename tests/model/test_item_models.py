@@ -10,24 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from pydantic import ValidationError
-from tiny import VOCABULARY, poison, random_batch, tiny_model
+from tiny import SHAPES, VOCABULARY, poison, random_batch, tiny_model
 
+from onerec_jax.errors import InputError
 from onerec_jax.model.hstu import HSTUBlock
 from onerec_jax.model.onerec import Model, build, count_parameters
 from onerec_jax.model.pathways import bucket
-from onerec_jax.train.flops import request_flops
+from onerec_jax.recipe import load_recipe
 from onerec_jax.train.step import make_loss
-
-ALONE = {"positive_length": 0, "lifelong_length": 0}
-PLAIN = {**ALONE, "event_features": [], "project_events": False, "item_input": "id", "user_id": False}
-SHAPES = {
-    "SASRec": {**PLAIN, "head": "items", "causal": True},
-    "SASRec of semantic IDs": {**ALONE, "head": "items", "item_input": "both"},
-    "HSTU": {**ALONE, "head": "items", "causal": True, "block": "hstu"},
-    "OneRec on HSTU": {**ALONE, "block": "hstu"},
-    "TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head_dim": 12},
-    "causal TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "causal": True},
-}
 
 
 def _parts(model: Model):
@@ -126,7 +116,7 @@ def test_an_hstu_block_equals_its_equations_written_out():
                 bias = block["distance_bias"][i - j + n - 1] + block["time_bias"][gap]
                 out[i, part] += mask[i, j] * silu(queries[i, part] @ keys[j, part] + bias) / n * values[j, part]
     expected = z + (norm(out, block["gate_norm"]["scale"]) * gate) @ block["out"]["kernel"]
-    module = HSTUBlock(config, nnx.Rngs(params=0))
+    module = HSTUBlock(config, n, nnx.Rngs(params=0))
     nnx.update(module, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), block))
     got, _ = module(
         jnp.asarray(z, jnp.float32)[None], jnp.asarray(mask)[None], jnp.asarray(valid)[None],
@@ -135,22 +125,12 @@ def test_an_hstu_block_equals_its_equations_written_out():
     np.testing.assert_allclose(got[0], expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["SASRec", "HSTU", "TIGER"])
-def test_the_analytic_flops_agree_with_the_compilers(name: str):
-    shape = SHAPES[name]
-    config = tiny_model(**{**shape, "d_model": 256, "ffn_hidden": 512, "heads": 4, "author_dim": 64, "feature_dim": 64,
-                           "static_dim": 64, "head_dim": 32 if "head_dim" in shape else 0})  # fmt: skip
-    model = build(config, VOCABULARY)
-    params, tables = jax.eval_shape(lambda: model.init(0))
-
-    def forward(params, tables, batch):
-        rows = {name: t["rows"] for name, t in tables.items()}
-        return model.bind(params)(model.localise(batch, touched_only=False)[0], rows, model.init_bias(), None)[0]
-
-    batch = random_batch(config, batch=4, targets=8)
-    counted = jax.jit(forward).lower(params, tables, batch).compile().cost_analysis()["flops"] / 4
-    ours = request_flops(config, VOCABULARY, short=config.short_length, positive=0, lifelong=0, targets=8)
-    assert abs(ours.forward / counted - 1) < 0.03
+def test_hstu_has_a_bias_for_every_distance_between_tokens():
+    for shape, tokens in ((SHAPES["HSTU"], 1 + 6), (SHAPES["HSTU of codes"], 1 + 3 * 6)):
+        bias = build(tiny_model(**shape), VOCABULARY).abstract["encoder"]["stack"]["groups"]["blocks"][0][
+            "distance_bias"
+        ]
+        assert bias.shape[-1] == 2 * tokens - 1
 
 
 def test_the_item_vectors_are_counted_as_a_table():
@@ -165,8 +145,21 @@ def test_the_item_vectors_are_counted_as_a_table():
         {"event_tokens": "codes"},
         {"block": "hstu"},
         {"head": "items", "moe": {"experts": 4}},
+        {"head": "items", "item_rows": 10},
     ],
 )
 def test_shapes_that_do_not_fit_together_are_refused(bad: dict):
     with pytest.raises(ValidationError):
         tiny_model(**bad)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.sampled_items=5"], "train.sampled_items is of model.head items"),
+        (["model.head=items", "train.sampled_items=5", "train.label_smoothing=0.1"], "train.label_smoothing"),
+    ],
+)
+def test_samples_of_items_that_would_be_ignored_or_would_ignore_are_refused(overrides: list[str], message: str):
+    with pytest.raises(InputError, match=message):
+        load_recipe("beauty_small", overrides)

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import jax
 import pytest
-from tiny import VOCABULARY, random_batch, tiny_model
+from tiny import SHAPES, VOCABULARY, random_batch, tiny_model
 
 from onerec_jax.model.onerec import build
 from onerec_jax.train.flops import request_flops
 
+WIDE = {"d_model": 256, "ffn_hidden": 512, "heads": 4, "author_dim": 64, "feature_dim": 64, "static_dim": 64}
+OTHERS = {name: SHAPES[name] for name in ("SASRec", "HSTU", "TIGER")}
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_analytic_count_agrees_with_the_compilers_on_a_dense_model(causal: bool):
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"lifelong_length": 64}, {"causal": True, "positive_length": 0, "lifelong_length": 0}, *OTHERS.values()],
+    ids=["four pathways", "causal", *OTHERS],
+)
+def test_the_analytic_count_agrees_with_the_compilers_on_a_dense_model(shape: dict):
     """Wide enough that matmuls dominate; one block a stack, because the compiler counts a scanned body once."""
-    config = tiny_model(
-        d_model=256, ffn_hidden=512, heads=4, causal=causal, author_dim=64, feature_dim=64, static_dim=64,
-        **({"positive_length": 0, "lifelong_length": 0} if causal else {"lifelong_length": 64}),
-    )  # fmt: skip
+    config = tiny_model(**{**shape, **WIDE})
     model = build(config, VOCABULARY)
     params, tables = jax.eval_shape(lambda: model.init(0))
 

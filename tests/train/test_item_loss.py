@@ -75,3 +75,10 @@ def test_the_sampled_softmax_approaches_the_full_one_as_samples_grow():
     full = float(full_softmax(states, items, target, weight, 0.0)[0])
     sampled = float(sampled_softmax(states, items, target, weight, 200_000, jax.random.key(0)))
     assert abs(sampled / full - 1) < 0.01
+
+
+def test_a_sample_of_nothing_but_the_target_costs_nothing_and_has_a_finite_gradient():
+    states, items, *_ = _arguments(targets=2, items=1)
+    arguments = np.zeros(2, np.int32), np.ones(2, np.float32), 1, jax.random.key(0)
+    loss, gradient = jax.value_and_grad(sampled_softmax)(states, items, *arguments)
+    assert loss == 0 and not np.asarray(gradient).any()
