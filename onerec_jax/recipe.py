@@ -1,4 +1,4 @@
-"""Reads recipes: YAML files of `configs/` (or any path) with the settings of `config.py`.
+"""Reads recipes: YAML files of `configs/` (or any path) with the settings of `config/`.
 
 `base: NAME` inherits from another recipe, `key.path=value` overrides win over both. Unknown keys are refused with a
 suggestion, and all problems of a recipe are reported at once.

@@ -1,0 +1,59 @@
+"""Every setting of every stage: typed, documented and checked in one place.
+
+`recipe.py` reads these from YAML.
+"""
+
+from onerec_jax.config.data import (
+    AmazonSource,
+    DataConfig,
+    KuaiRandSource,
+    ParquetSource,
+    SimulatorSource,
+    Source,
+    SplitConfig,
+)
+from onerec_jax.config.evaluate import EvaluateConfig
+from onerec_jax.config.experiment import Recipe
+from onerec_jax.config.model import ModelConfig, MoEConfig
+from onerec_jax.config.section import Section, setting
+from onerec_jax.config.tokenizer import (
+    RQVAE,
+    AlignmentConfig,
+    FiniteScalarQuantizer,
+    Hierarchical,
+    ProductQuantizer,
+    QuantizerConfig,
+    RandomIds,
+    ResidualKMeans,
+    SequentialIds,
+    TokenizerConfig,
+)
+from onerec_jax.config.train import MeshConfig, TrainConfig
+
+__all__ = [
+    "RQVAE",
+    "AlignmentConfig",
+    "AmazonSource",
+    "DataConfig",
+    "EvaluateConfig",
+    "FiniteScalarQuantizer",
+    "Hierarchical",
+    "KuaiRandSource",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "ParquetSource",
+    "ProductQuantizer",
+    "QuantizerConfig",
+    "RandomIds",
+    "Recipe",
+    "ResidualKMeans",
+    "Section",
+    "SequentialIds",
+    "SimulatorSource",
+    "Source",
+    "SplitConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "setting",
+]

@@ -1,0 +1,31 @@
+"""Item-level metrics and floors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from onerec_jax.config.section import Section, setting
+
+
+class EvaluateConfig(Section):
+    """Item-level metrics over the full catalogue."""
+
+    split: Literal["valid", "test"] = setting("test", "which examples")
+    ks: tuple[PositiveInt, ...] = setting((5, 10), "cut-offs of Recall and NDCG", min_length=1)
+    beam_width: int = setting(50, "beams of the trie-constrained search", ge=1)
+    batch_size: int = setting(128, "users per search", ge=1)
+    max_examples: int = setting(0, "evaluate a fixed random sample of this many examples, 0 = all", ge=0)
+    exclude_seen: bool = setting(True, "leave out items the user met before the context's end")
+    targets: Literal["positive", "all"] = setting("positive", "relevant items: positive events only, or every event")
+    free_examples: int = setting(256, "examples whose unconstrained beams measure legality", ge=0)
+    floors: tuple[Literal["popularity", "recent_popularity", "markov", "item_knn", "ease"], ...] = setting(
+        ("popularity", "markov", "item_knn"), "baselines printed beside the model"
+    )
+    recent_days: float = setting(6.0, "recent_popularity counts the positives of this many last days of train", gt=0)
+    ease_lambda: float = setting(100.0, "ridge of EASE", gt=0)
+    history_decay: float = setting(
+        0.8, "weight per step back of a context in markov, item_knn and ease; 1 = flat", gt=0, le=1
+    )
+    recall: Literal["user", "pair"] = setting("user", "recall averaged over examples, or hits over all relevant pairs")

@@ -1,0 +1,61 @@
+"""One experiment, from log to metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from pydantic import model_validator
+
+from onerec_jax.config.data import DataConfig
+from onerec_jax.config.evaluate import EvaluateConfig
+from onerec_jax.config.model import ModelConfig
+from onerec_jax.config.section import Section, setting
+from onerec_jax.config.tokenizer import TokenizerConfig
+from onerec_jax.config.train import MeshConfig, TrainConfig
+
+
+class Recipe(Section):
+    """One experiment, from log to metrics."""
+
+    name: str = setting(..., "name of the run and of its folders", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = setting(0, "seed of everything random", ge=0)
+    runs: str = setting("runs", "folder that holds run directories")
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _samples_items(self) -> Recipe:
+        if self.train.sampled_items and self.model.head != "items":
+            raise ValueError(
+                "train.sampled_items is of model.head items; with codes the softmax is always over all of a level"
+            )
+        return self
+
+    @property
+    def dataset_directory(self) -> Path:
+        return Path(self.data.directory or f"datasets/{self.name}")
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return Path(self.tokenizer.directory or self.dataset_directory / "semantic_ids")
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def to_yaml(self) -> str:
+        buffer = io.StringIO()
+        OmegaConf.save(OmegaConf.create(self.model_dump(mode="json")), buffer)
+        return buffer.getvalue()
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with any setting."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]

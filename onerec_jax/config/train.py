@@ -1,0 +1,65 @@
+"""Mesh and pre-training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from onerec_jax.config.section import Section, setting
+
+
+class MeshConfig(Section):
+    """Devices along each axis of the mesh; -1 for `data` takes what is left."""
+
+    data: int = setting(-1, "pure data parallel, -1 = all remaining devices", ge=-1)
+    fsdp: int = setting(1, "data parallel with sharded parameters", ge=1)
+    expert: int = setting(1, "experts", ge=1)
+    tensor: int = setting(1, "heads and feed-forward width", ge=1)
+
+    @model_validator(mode="after")
+    def _nonzero(self) -> MeshConfig:
+        if self.data == 0:
+            raise ValueError("mesh.data must be positive, or -1 for all remaining devices")
+        return self
+
+
+class TrainConfig(Section):
+    """Pre-training."""
+
+    steps: int = setting(1000, "optimizer steps", ge=1)
+    batch_size: int = setting(256, "requests per optimizer step over all devices", ge=1)
+    accumulation: int = setting(1, "micro-batches per step", ge=1)
+    learning_rate: float = setting(1e-3, "peak rate of AdamW on dense parameters", gt=0)
+    warmup_steps: int = setting(100, "linear warm-up", ge=0)
+    schedule: Literal["cosine", "constant"] = setting("cosine", "after warm-up: cosine to final_rate, or constant")
+    final_rate: float = setting(0.1, "share of the peak rate the cosine ends at", ge=0, le=1)
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "dense optimizer; muon: matrices by Muon, the rest by AdamW")
+    b1: float = setting(0.9, "Adam's first decay", ge=0, lt=1)
+    b2: float = setting(0.95, "Adam's second decay", ge=0, lt=1)
+    weight_decay: float = setting(0.1, "decoupled weight decay on dense matrices", ge=0)
+    clip_norm: float = setting(1.0, "global-norm clip of the dense gradient, 0 = off", ge=0)
+    table_rate: float = setting(0.05, "rate of row-wise Adagrad on id tables", gt=0)
+    negative_weight: float = setting(1.0, "loss weight of targets without a positive label; positives weigh 1", ge=0)
+    label_smoothing: float = setting(0.0, "mass spread over all codes of a level, or all items", ge=0, lt=1)
+    sampled_items: int = setting(0, "items head: softmax against this many random items, 0 = against all", ge=0)
+    log_every: int = setting(20, "steps between log lines", ge=1)
+    eval_every: int = setting(0, "steps between validation losses, 0 = never", ge=0)
+    eval_batches: int = setting(8, "validation batches per validation loss", ge=1)
+    checkpoint_every: int = setting(200, "steps between checkpoints; one is always written at the end", ge=1)
+    keep: int = setting(2, "checkpoints kept, the most recent", ge=1)
+    workers: int = setting(0, "loader processes, 0 = threads of this process", ge=0)
+    threads: int = setting(2, "loader threads per process", ge=1)
+    prefetch: int = setting(4, "batches prepared ahead", ge=1)
+    tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
+    init_from: str | None = setting(None, "RUN or RUN@STEP whose parameters to start from")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        if self.sampled_items and self.label_smoothing:
+            raise ValueError("train.label_smoothing is over all items: it must be 0 where train.sampled_items is not")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} does not divide into train.accumulation {self.accumulation} micro-batches"
+            )
+        return self
