@@ -188,6 +188,7 @@ FLIPS: dict[str, Flip] = {
     "train.eval_batches": Flip(1, probe.training, SHORT_RUN),
     "train.checkpoint_every": Flip(2, probe.training, SHORT_RUN),
     "train.keep": Flip(1, probe.training, SHORT_RUN),
+    "train.length_buckets": Flip([2], probe.batch),
     "train.workers": Flip(1, probe.loader),
     "train.threads": Flip(2, probe.loader),
     "train.prefetch": Flip(3, probe.loader),

@@ -39,6 +39,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _buckets(self) -> Recipe:
+        if self.train.length_buckets and self.train.length_buckets[-1] >= self.model.short_length:
+            raise ValueError(
+                f"train.length_buckets {list(self.train.length_buckets)} must be below model.short_length "
+                f"{self.model.short_length}, which is always the last of them"
+            )
+        return self
+
     @property
     def dataset_directory(self) -> Path:
         return Path(self.data.directory or f"datasets/{self.name}")

@@ -48,6 +48,11 @@ class TrainConfig(Section):
     eval_batches: int = setting(8, "validation batches per validation loss", ge=1)
     checkpoint_every: int = setting(200, "steps between checkpoints; one is always written at the end", ge=1)
     keep: int = setting(2, "checkpoints kept, the most recent", ge=1)
+    length_buckets: tuple[int, ...] = setting(
+        (),
+        "lengths, below model.short_length, that the short pathway of a batch is cut to where all of its requests fit: "
+        "batches are then of requests of like length, and padding costs less; each length compiles the step once more",
+    )
     workers: int = setting(0, "loader processes, 0 = threads of this process", ge=0)
     threads: int = setting(2, "loader threads per process", ge=1)
     prefetch: int = setting(4, "batches prepared ahead", ge=1)
@@ -58,6 +63,8 @@ class TrainConfig(Section):
     def _divides(self) -> TrainConfig:
         if self.sampled_items and self.label_smoothing:
             raise ValueError("train.label_smoothing is over all items: it must be 0 where train.sampled_items is not")
+        if list(self.length_buckets) != sorted({length for length in self.length_buckets if length > 0}):
+            raise ValueError("train.length_buckets must be positive and grow")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.batch_size {self.batch_size} does not divide into train.accumulation {self.accumulation} micro-batches"

@@ -115,6 +115,13 @@ def _span(model: ModelConfig, cut: int, start: int, stop: int, frozen: bool) -> 
     return _Span(cut, start, stop, max(0, window_stop - model.short_length), window_stop)
 
 
+def window_lengths(model: ModelConfig, examples: np.ndarray, targets: int, *, frozen: bool = False) -> np.ndarray:
+    """Events that the short pathway of each example will hold, int64 [B]."""
+    _, cut, start, stop = examples.T
+    last = cut if frozen or not model.causal else np.maximum(cut, np.minimum(stop, start + targets) - 1)
+    return np.minimum(last, model.short_length)
+
+
 def _visible(history: History, span: _Span, targets: int, rolling: bool) -> np.ndarray:
     """How many events of the window each target may see, int32 [T]."""
     visible = np.full(targets, span.window_stop - span.window_start, np.int32)

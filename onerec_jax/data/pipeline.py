@@ -2,8 +2,9 @@
 
 Order is decided in index space: Grain shuffles the example numbers of each epoch anew and repeats them without end;
 step s takes numbers `[s * batch_size, (s + 1) * batch_size)` of that order, and each process loads its own consecutive
-share of them. Grain then runs this pure function of the step ahead of the training loop, in threads or processes. The
-position is the step alone.
+share of them. With `train.length_buckets` the numbers of `_POOL` steps are first sorted by the length of their windows,
+so that a step's requests are of like length; all of them are still taken once per epoch. Grain then runs this pure
+function of the step ahead of the training loop, in threads or processes. The position is the step alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onerec_jax.config import Recipe
-from onerec_jax.data.batch import make_batch
+from onerec_jax.data.batch import make_batch, window_lengths
 from onerec_jax.data.schema import Batch, ItemFeatures
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
@@ -23,6 +24,7 @@ from onerec_jax.errors import InputError
 __all__ = ["Pipeline", "make_batch"]
 
 _LAST_STEP = 1 << 40
+_POOL = 32
 
 
 class Pipeline:
@@ -62,7 +64,14 @@ class Pipeline:
             )
         import grain  # Imports jax, which processes that only prepare data do not need.
 
-        order = grain.MapDataset.range(len(dataset.examples(split))).shuffle(seed=recipe.seed % 2**32).repeat()
+        examples = dataset.examples(split)
+        order = _Order(
+            grain.MapDataset.range(len(examples)).shuffle(seed=recipe.seed % 2**32).repeat(),
+            window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen),
+            (*recipe.train.length_buckets, recipe.model.short_length),
+            recipe.train.batch_size,
+            recipe.seed,
+        )
         rows = recipe.train.batch_size // process_count
         self._grain = grain
         self._load = _Load(dataset, codes, recipe, split, order, process_index * rows, rows)
@@ -114,6 +123,34 @@ class Pipeline:
             iterator.close()
 
 
+class _Order:
+    """Step -> the example numbers of its global batch, and the length that its short pathway needs."""
+
+    def __init__(self, shuffled: Any, lengths: np.ndarray, buckets: tuple[int, ...], size: int, seed: int):
+        self._shuffled, self._lengths, self._buckets, self._size, self._seed = shuffled, lengths, buckets, size, seed
+        self._pool: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __call__(self, step: int) -> tuple[np.ndarray, int]:
+        if len(self._buckets) == 1:
+            return self._numbers(step * self._size, self._size), self._buckets[0]
+        index, place = divmod(step, _POOL)
+        made = self._pool  # one read: other threads may put another pool there
+        if made[0] != index:
+            made = self._pool = (index, self._sorted(index))
+        numbers = made[1][place]
+        longest = self._lengths[numbers].max()
+        return numbers, next(length for length in self._buckets if length >= longest)
+
+    def _numbers(self, first: int, count: int) -> np.ndarray:
+        return np.array([self._shuffled[i] for i in range(first, first + count)])
+
+    def _sorted(self, index: int) -> np.ndarray:
+        """The numbers of `_POOL` steps, shortest windows together, as steps in random order [_POOL, size]."""
+        numbers = self._numbers(index * _POOL * self._size, _POOL * self._size)
+        numbers = numbers[np.argsort(self._lengths[numbers], kind="stable")].reshape(_POOL, self._size)
+        return np.random.default_rng((self._seed, index)).permutation(numbers)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Load:
     """Step -> arrays of one process's rows; loader processes receive it as it stands."""
@@ -122,18 +159,18 @@ class _Load:
     codes: np.ndarray
     recipe: Recipe
     split: str
-    order: Any
+    order: _Order
     first: int
     rows: int
 
     def __call__(self, step: int) -> dict[str, Any]:
         recipe = self.recipe
-        begin = step * recipe.train.batch_size + self.first
-        chosen = np.array([self.order[i] for i in range(begin, begin + self.rows)])
+        numbers, length = self.order(step)
+        chosen = numbers[self.first : self.first + self.rows]
         batch = make_batch(
             self.dataset,
             self.codes,
-            recipe.model,
+            recipe.model.model_copy(update={"short_length": length}),
             self.dataset.examples(self.split)[chosen],
             recipe.data.targets,
             recipe.train.negative_weight,

@@ -95,7 +95,7 @@ class Encoder(nnx.Module):
                 h = h + self._event_positions(e_pos, mask)
             tokens.append(h)
             valid.append(mask)
-            start += len(e_pos)
+            start += self.per_event * self.lengths[name]
         z, seen = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
         position = jnp.full((z.shape[1],), -1, jnp.int32)
         visible = seen[:, None, :]
@@ -115,10 +115,11 @@ class Encoder(nnx.Module):
 
     def _events(self, name: str, events: ItemFeatures, valid_BxL: Array, rows: dict[str, Array], codes, dtype):
         """Tokens of one pathway's events and their validity, [B, L * tokens per event]."""
+        scale = self.config.d_model**0.5  # as in SASRec: beside what the blocks add, an embedding of .02 would be lost
         if self.per_event > 1:
-            return codes.tokens(events.codes, dtype), jnp.repeat(valid_BxL, self.per_event, axis=1)
+            return codes.tokens(events.codes, dtype) * scale, jnp.repeat(valid_BxL, self.per_event, axis=1)
         h = self.item(events, rows, codes, dtype)
-        return (self.projection[name](h) if self.config.project_events else h), valid_BxL
+        return (self.projection[name](h) if self.config.project_events else h * scale), valid_BxL
 
     def _times(self, short: ItemFeatures) -> Array:
         """Seconds [B,N] of the static token and of every token of `short`, from any origin."""
@@ -128,10 +129,12 @@ class Encoder(nnx.Module):
         return jnp.concatenate([time[:, :1], time], axis=1)
 
     def _event_positions(self, e_pos_LxD: Array, valid_BxL: Array) -> Array:
-        """Positions count back from the most recent event, so that it always has the same one; a causal encoder's
+        """e_pos of the events that a batch has room for, which may be fewer than the pathway's length.
+
+        Positions count back from the most recent event, so that it always has the same one; a causal encoder's
         events have no common last one and count from the first."""
+        length, present = len(e_pos_LxD), valid_BxL.shape[1]
         if self.config.causal:
-            return e_pos_LxD
-        length = len(e_pos_LxD)
+            return e_pos_LxD[:present]
         shift = length - jnp.sum(valid_BxL, axis=-1, keepdims=True)
-        return jnp.take(e_pos_LxD, jnp.minimum(jnp.arange(length) + shift, length - 1), axis=0)
+        return jnp.take(e_pos_LxD, jnp.minimum(jnp.arange(present) + shift, length - 1), axis=0)

@@ -35,12 +35,13 @@ class HSTUBlock(nnx.Module):
         gate, *rest = jnp.split(mixed, 4, axis=-1)
         values, queries, keys = (x.reshape(*x.shape[:-1], self.heads, -1) for x in rest)
         n = z_BxNxD.shape[1]
+        tokens = len(self.distance_bias) // 2 + 1  # of a batch that is not cut to fewer
         place = jnp.arange(n)
-        bias = self.distance_bias[...][place[:, None] - place[None, :] + n - 1]
+        bias = self.distance_bias[...][place[:, None] - place[None, :] + tokens - 1]
         if self.time_bias is not None:
             bias = bias + self.time_bias[...][bucket(jnp.abs(time_BxN[:, :, None] - time_BxN[:, None, :]))]
         scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys).astype(jnp.float32)
-        weights = jax.nn.silu(scores + bias.reshape(-1, 1, n, n)) / n
+        weights = jax.nn.silu(scores + bias.reshape(-1, 1, n, n)) / tokens
         weights = jnp.where(mask[:, None], weights, 0.0).astype(z_BxNxD.dtype)
         y = jnp.einsum("bhqn,bnhk->bqhk", weights, values)
         y = self.out(self.gate_norm(y.reshape(gate.shape)) * gate)

@@ -14,7 +14,7 @@ from jax import Array
 
 from onerec_jax.train.metrics import Metrics
 
-CHUNK = 512
+CHUNK = 256
 
 
 def item_loss(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_jax.config import ModelConfig
+from onerec_jax.data import pipeline as pipeline_module
 from onerec_jax.data.lifelong import compress
 from onerec_jax.data.pipeline import Pipeline, make_batch
 from onerec_jax.data.schema import ItemFeatures
@@ -175,13 +176,13 @@ def test_an_empty_history_gives_an_empty_context(noise_tables, write):
         assert batch.visible.tolist() == [[0, 0]]
 
 
-def recipe(**train):
+def recipe(model=None, **train):
     return make_recipe(
         {
             "name": "test",
             "seed": 3,
             "data": {"source": {"kind": "simulator"}, "targets": 2},
-            "model": {"short_length": 4, "positive_length": 3, "lifelong_length": 8},
+            "model": model or {"short_length": 4, "positive_length": 3, "lifelong_length": 8},
             "train": {"batch_size": 8, "accumulation": 1, **train},
         }
     )
@@ -230,10 +231,41 @@ def test_each_epoch_has_every_example_once_in_another_order(logs):
     dataset = logs(0)
     examples = {tuple(row): i for i, row in enumerate(dataset.examples("train").tolist())}
     pipeline = Pipeline(dataset, codes_for(dataset), recipe(batch_size=1))
-    order = [pipeline._load.order[i] for i in range(2 * len(examples))]
+    order = [int(pipeline._load.order(i)[0][0]) for i in range(2 * len(examples))]
     first, second = order[: len(examples)], order[len(examples) :]
     assert sorted(first) == sorted(second) == list(range(len(examples)))
     assert first != second
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_batches_of_like_length_have_every_example_once_and_lose_only_padding(logs, causal, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "_POOL", 5)
+    dataset, codes = logs(0), codes_for(logs(0))
+    examples = dataset.examples("train")
+    grouped = recipe({"short_length": 14, "causal": causal}, batch_size=2, length_buckets=[4, 9])
+    pipeline = Pipeline(dataset, codes, grouped)
+    steps = [pipeline._load.order(step) for step in range(-(-len(examples) // 10) * 5)]
+    numbers = np.concatenate([numbers for numbers, _ in steps])
+    assert sorted(set(numbers.tolist())) == list(range(len(examples)))
+    first = np.unique(np.concatenate([n for n, _ in steps[: len(examples) // 10 * 5]]), return_counts=True)[1]
+    assert (first == 1).all()
+    lengths = [length for _, length in steps]
+    assert {4, 9, 14} == set(lengths) and lengths != sorted(lengths)
+    for step, (chosen, length) in enumerate(steps[:20]):
+        batch = pipeline.batch_at(step)
+        whole = make_batch(dataset, codes, grouped.model, examples[chosen], 2)
+        assert batch.short.item.shape == (2, length)
+        assert (whole.short.item[:, length:] == -1).all()
+        cut = dataclasses.replace(
+            whole, short=ItemFeatures(**{name: array[:, :length] for name, array in vars(whole.short).items()})
+        )
+        assert_same(batch, cut)
+        parts = [Pipeline(dataset, codes, grouped, process_index=i, process_count=2).batch_at(step) for i in range(2)]
+        assert np.array_equal(np.concatenate([part.short.item for part in parts]), batch.short.item)
+    again = Pipeline(dataset, codes, grouped)
+    again.restore({"step": 7})
+    assert_same(next(again), pipeline.batch_at(7))
+    again.close()
 
 
 def test_fewer_examples_than_a_batch_are_repeated(logs):

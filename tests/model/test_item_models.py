@@ -125,6 +125,20 @@ def test_an_hstu_block_equals_its_equations_written_out():
     np.testing.assert_allclose(got[0], expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("shape", [{}, *SHAPES.values()], ids=["OneRec", *SHAPES])
+def test_a_batch_without_room_that_nobody_needs_gives_the_same_logits(shape: dict):
+    model = build(tiny_model(**shape), VOCABULARY)
+    batch = random_batch(model.config, batch=5)
+    fits = int((batch.short.item >= 0).sum(1).max()) - 1
+    last = (batch.short.item >= 0) & (np.arange(model.config.short_length) < fits)
+    full = dataclasses.replace(batch.short, item=np.where(last, batch.short.item, -1))
+    batch = dataclasses.replace(batch, short=full, visible=np.minimum(batch.visible, fits))
+    cut = dataclasses.replace(batch, short=jax.tree.map(lambda x: x[:, :fits], full))
+    params, rows, bias = _parts(model)
+    logits = [model.bind(params)(model.localise(b, touched_only=False)[0], rows, bias, None)[0] for b in (batch, cut)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *logits)
+
+
 def test_hstu_has_a_bias_for_every_distance_between_tokens():
     for shape, tokens in ((SHAPES["HSTU"], 1 + 6), (SHAPES["HSTU of codes"], 1 + 3 * 6)):
         bias = build(tiny_model(**shape), VOCABULARY).abstract["encoder"]["stack"]["groups"]["blocks"][0][
