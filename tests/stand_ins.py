@@ -65,7 +65,7 @@ def instant_training(monkeypatch: pytest.MonkeyPatch) -> list[TrainState]:
         def one_more(leaf):
             return jax.device_put(np.asarray(leaf) + np.ones((), leaf.dtype), leaf.sharding)
 
-        def stand_in(state, batch):
+        def stand_in(state, batch, trie):
             started.append(state)
             state = dataclasses.replace(state, step=one_more(state.step), params=jax.tree.map(one_more, state.params))
             return state, {"loss": (1.0, 1.0), "loss/level1": (1.0, 1.0)}
@@ -73,7 +73,7 @@ def instant_training(monkeypatch: pytest.MonkeyPatch) -> list[TrainState]:
         return stand_in
 
     def make_eval_step(model):
-        return lambda state, batch: {"loss": (jnp.sum(batch.target_item), 1.0)}
+        return lambda state, batch, trie: {"loss": (jnp.sum(batch.target_item), 1.0)}
 
     monkeypatch.setattr(loop, "build", linear_model)
     monkeypatch.setattr(loop, "compile_step", compile_step)

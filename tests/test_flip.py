@@ -127,6 +127,7 @@ FLIPS: dict[str, Flip] = {
     "model.heads": Flip(4, probe.model),
     "model.head_dim": Flip(5, probe.model),
     "model.head": Flip("items", probe.model, {"model.moe.experts": 0}),
+    "model.softmax": Flip("legal", probe.item_step),
     "model.block": Flip("hstu", probe.model),
     "model.event_tokens": Flip("codes", probe.model, BARE | {"model.project_events": False}),
     "model.project_events": Flip(False, probe.model, BARE),

@@ -39,6 +39,11 @@ class ModelConfig(Section):
         "what is predicted: codes, the semantic ID level by level; items, the item itself by a softmax over all of them, "
         "without a decoder (SASRec, HSTU)",
     )
+    softmax: Literal["all", "legal"] = setting(
+        "all",
+        "codes that each level is predicted among: all of its codebook, or those that go on from the prefix to an item, "
+        "which leaves nothing of the loss for learning which IDs exist, and free generation without a meaning",
+    )
     block: Literal["transformer", "hstu"] = setting(
         "transformer", "encoder block: attention, then feed-forward; hstu: gated pointwise attention alone (HSTU)"
     )
@@ -109,6 +114,8 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.head items has no decoder to put experts in: set moe.location both or moe.experts 0"
             )
+        if self.head == "items" and self.softmax == "legal":
+            raise ValueError("model.softmax legal is of the codes of a semantic ID: model.head items predicts none")
         if self.head == "items" and self.item_rows:
             raise ValueError("model.head items has one vector per item: model.item_rows must be 0")
         if self.moe.experts and self.moe.active > self.moe.experts:

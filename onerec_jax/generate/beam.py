@@ -1,7 +1,8 @@
 """Beam search over the levels of a semantic ID, constrained by the trie of IDs that exist, or free.
 
 The encoder and every block's cross-attention keys and values run once per request; beams share them. The score of a beam is
-its log-probability under the model's unconstrained distribution, summed over levels, in float32.
+its log-probability, summed over levels, in float32: under the distribution over all codes of a level, whatever the trie
+leaves of them, or with `model.softmax: legal` under the one over the codes that go on to an item.
 
 Extra axis letters: W beams of a level, J candidates of one beam.
 """
@@ -9,7 +10,6 @@ Extra axis letters: W beams of a level, J candidates of one beam.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,23 +21,8 @@ from jax import Array
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.onerec import Model, OneRec
+from onerec_jax.model.prefixes import DeviceTrie, children, legal_log_softmax
 from onerec_jax.tokenizer.trie import Trie
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["child_start", "token"], meta_fields=["branching"])
-@dataclasses.dataclass(frozen=True)
-class DeviceTrie:
-    """The part of a trie that beams walk (see `tokenizer.trie.Trie`)."""
-
-    child_start: tuple[Array, ...]
-    token: tuple[Array, ...]
-    branching: tuple[int, ...]
-
-
-def device_trie(trie: Trie) -> DeviceTrie:
-    return DeviceTrie(
-        tuple(jnp.asarray(a) for a in trie.child_start), tuple(jnp.asarray(a) for a in trie.token), trie.branching
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -68,12 +53,12 @@ class _Search:
         self.dtype = context.tokens.dtype
         self.past = self.decoder.empty_past(context.tokens.shape[0], 1, self.dtype)
 
-    def log_probabilities(self, level: int, last_BxW: Array) -> Array:
-        """log P of every code of this level [B,W,V] after the code `last` of each beam."""
+    def logits(self, level: int, last_BxW: Array) -> Array:
+        """Those of every code of this level [B,W,V] after the code `last` of each beam."""
         x = self.decoder.embed_level(level, last_BxW, self.dtype)[:, :, None, :]
         valid = jnp.ones(last_BxW.shape, bool)
         x, _, self.past = self.decoder.decode(x, self.past, self.cross, self.mask, valid, self.bias)
-        return jax.nn.log_softmax(self.decoder.heads[level](x[:, :, 0]).astype(jnp.float32))
+        return self.decoder.heads[level](x[:, :, 0]).astype(jnp.float32)
 
     def reorder(self, parent_BxW: Array) -> None:
         """Beams continue those they came from; the cache is [G, every, B, W, C', H, K]."""
@@ -88,18 +73,18 @@ def _search(module: OneRec, context: Context, bias: dict[str, Array], trie: Devi
     codes = jnp.zeros((batch, 1, 0), jnp.int32)
     node = last = jnp.zeros((batch, 1), jnp.int32)
     for level in range(len(search.decoder.heads)):
-        log_p_BxWxV = search.log_probabilities(level, last)
+        logits_BxWxV = search.logits(level, last)
         if trie is None:
-            candidate = jnp.broadcast_to(jnp.arange(log_p_BxWxV.shape[-1]), log_p_BxWxV.shape)
+            candidate = jnp.broadcast_to(jnp.arange(logits_BxWxV.shape[-1]), logits_BxWxV.shape)
             child = candidate
-            total = score[..., None] + log_p_BxWxV
+            total = score[..., None] + jax.nn.log_softmax(logits_BxWxV)
         else:
-            slot = jnp.arange(trie.branching[level])
-            first = trie.child_start[level][node]
-            exists = slot < (trie.child_start[level][node + 1] - first)[..., None]
-            child = jnp.where(exists, first[..., None] + slot, 0)
-            candidate = trie.token[level][child]
-            total = score[..., None] + jnp.take_along_axis(log_p_BxWxV, candidate, axis=-1)
+            child, candidate, exists = children(trie, level, node)
+            if search.decoder.config.softmax == "legal":
+                log_p = legal_log_softmax(logits_BxWxV, candidate, exists)[0]
+            else:
+                log_p = jax.nn.log_softmax(logits_BxWxV)
+            total = score[..., None] + jnp.take_along_axis(log_p, candidate, axis=-1)
             total = jnp.where(exists, total, -jnp.inf)
         per_beam = total.shape[-1]
         flat = total.reshape(batch, -1)

@@ -14,10 +14,11 @@ from rich.progress import track
 from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import make_batch
 from onerec_jax.data.store import Dataset
-from onerec_jax.generate.beam import device_trie, make_beam_search, resolve_items
+from onerec_jax.generate.beam import make_beam_search, resolve_items
 from onerec_jax.generate.ranking import Ragged, rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
+from onerec_jax.model.prefixes import device_trie, legal_log_probabilities
 from onerec_jax.parallel.mesh import data_parallel, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -126,14 +127,19 @@ def scores_of_items(recommender: Recommender, examples: np.ndarray, items_NxJ: n
         visible=np.repeat(batch.visible[:, :1], items_NxJ.shape[1], axis=1),
     )
 
+    trie = device_trie(recommender.ids.trie) if recommender.recipe.model.softmax == "legal" else None
+
     @jax.jit
-    def score(params, rows, bias, batch):
+    def score(params, rows, bias, batch, trie):
         local, _ = recommender.model.localise(batch, touched_only=False)
         logits, _ = recommender.model.bind(params)(local, rows, bias, None)
+        if trie is None:
+            levels = [jax.nn.log_softmax(level) for level in logits]
+        else:
+            levels = [log_p for log_p, _ in legal_log_probabilities(logits, batch.targets, trie)]
         per_level = [
-            jnp.take_along_axis(jax.nn.log_softmax(level), batch.targets[..., i : i + 1], axis=-1)[..., 0]
-            for i, level in enumerate(logits)
+            jnp.take_along_axis(log_p, batch.targets[..., i : i + 1], axis=-1)[..., 0] for i, log_p in enumerate(levels)
         ]
         return sum(per_level[1:], start=per_level[0])
 
-    return np.asarray(score(recommender.state.params, recommender.rows, recommender.state.bias, batch))
+    return np.asarray(score(recommender.state.params, recommender.rows, recommender.state.bias, batch, trie))

@@ -19,6 +19,7 @@ from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
+from onerec_jax.model.prefixes import DeviceTrie, device_trie
 from onerec_jax.parallel.mesh import check_batch, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -75,8 +76,9 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
             state = dataclasses.replace(state, **given)
     _write_config(run, recipe)
 
+    trie = device_trie(ids.trie) if recipe.model.softmax == "legal" else None
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
-    validate = _validation(model, dataset, ids, recipe, mesh)
+    validate = _validation(model, dataset, ids, recipe, mesh, trie)
     log = MetricsLog(run, train.tensorboard)
     speed = Speed(model, recipe, mesh)
     batches = iter(pipeline)
@@ -88,7 +90,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
             speed.waited(time.perf_counter() - waited)
             batch = put_batch(host_batch, mesh)
             speed.count(host_batch)
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch, trie)
             if pending is not None:  # step N is read while step N+1 runs
                 window = pending if window is None else add(window, pending)
             pending, at = metrics, at + 1
@@ -135,7 +137,7 @@ def _write_config(run: Path, recipe: Recipe) -> None:
         (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {revision}\n{recipe.to_yaml()}")
 
 
-def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh):
+def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh, trie: DeviceTrie | None):
     """state -> mean loss and accuracies over the first `eval_batches` of a fixed order of the validation examples."""
     step = jax.jit(make_eval_step(model))
     size, train = recipe.train.batch_size, recipe.train
@@ -160,7 +162,7 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
     def validate(state: TrainState) -> dict[str, float]:
         total = None
         for batch in batches():
-            metrics = step(state, batch)
+            metrics = step(state, batch, trie)
             total = metrics if total is None else add(total, metrics)
         assert total is not None
         return {f"valid/{name}": value for name, value in ratios(total).items()}

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from onerec_jax.config import Recipe
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.moe import rebalance
 from onerec_jax.model.onerec import Model
+from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import gather, update_tables
 from onerec_jax.parallel.sharding import batch_sharding
 from onerec_jax.train.item_loss import item_loss
@@ -44,9 +45,9 @@ def _load_metrics(loads: dict[str, Array], experts: int) -> Metrics:
 def make_loss(
     model: Model, smoothing: float, sampled_items: int = 0
 ) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
-    """(params, rows, bias, batch, key) -> weighted loss sum, (metrics, expert loads)."""
+    """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, expert loads)."""
 
-    def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None):
+    def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None, trie: DeviceTrie | None = None):
         if model.config.head == "items":
             states, items, loads = model.bind(params).states(batch, rows, bias, key)
             sampling = None if key is None else jax.random.fold_in(key, 5)
@@ -55,7 +56,7 @@ def make_loss(
             )
             return total, (metrics, loads)
         logits, loads = model.bind(params)(batch, rows, bias, key)
-        total, metrics = next_token_loss(logits, batch.targets, batch.target_weight, smoothing)
+        total, metrics = next_token_loss(logits, batch.targets, batch.target_weight, smoothing, trie)
         return total, (metrics, loads)
 
     return loss
@@ -63,8 +64,10 @@ def make_loss(
 
 def make_train_step(
     model: Model, recipe: Recipe, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function of (state, global batch); jit it with the state donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A pure function of (state, global batch, trie); jit it with the state donated.
+
+    The trie of the semantic IDs is needed where `model.softmax` is legal, else None.
 
     The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches.
     """
@@ -74,7 +77,7 @@ def make_train_step(
     )
     rate = learning_rate(train)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, trie: DeviceTrie | None = None) -> tuple[TrainState, Metrics]:
         local, touched = model.localise(batch, touched_only=True)
         rows = gather(state.tables, touched)
         random = model.config.dropout or train.sampled_items
@@ -82,7 +85,7 @@ def make_train_step(
 
         def micro(i: Any, part: Batch):
             part_key = None if key is None else jax.random.fold_in(key, i)
-            (_, (metrics, loads)), grads = gradients(state.params, rows, state.bias, part, part_key)
+            (_, (metrics, loads)), grads = gradients(state.params, rows, state.bias, part, part_key, trie)
             return grads, metrics, loads
 
         if train.accumulation == 1:
@@ -116,18 +119,20 @@ def make_train_step(
     return step
 
 
-def make_eval_step(model: Model) -> Callable[[TrainState, Batch], Metrics]:
+def make_eval_step(model: Model) -> Callable[..., Metrics]:
     """Teacher-forced metrics of a batch in evaluation mode, without smoothing."""
     loss = make_loss(model, 0.0)
 
-    def step(state: TrainState, batch: Batch) -> Metrics:
+    def step(state: TrainState, batch: Batch, trie: DeviceTrie | None = None) -> Metrics:
         local, touched = model.localise(batch, touched_only=False)
-        return loss(state.params, gather(state.tables, touched), state.bias, local, None)[1][0]
+        return loss(state.params, gather(state.tables, touched), state.bias, local, None, trie)[1][0]
 
     return step
 
 
 def compile_step(step: Callable[..., Any], abstract: TrainState, mesh: Mesh) -> Callable[..., Any]:
-    """`step` jitted on the mesh: state in place and donated, batch split over the data axes, metrics replicated."""
+    """`step` jitted on the mesh: state in place and donated, batch split over the data axes, trie and metrics replicated."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, None), donate_argnums=0)
+    given = (places, batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()))
+    compiled = jax.jit(step, in_shardings=given, out_shardings=(places, None), donate_argnums=0)
+    return lambda state, batch, trie=None: compiled(state, batch, trie)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import random_batch, tiny_model
 
 from onerec_jax.data.schema import LABELS, Vocabulary
-from onerec_jax.generate.beam import device_trie, make_beam_search, resolve_items
+from onerec_jax.generate.beam import make_beam_search, resolve_items
 from onerec_jax.model.onerec import Model, build
+from onerec_jax.model.prefixes import device_trie
 from onerec_jax.tokenizer.trie import Trie
 
 SIZES = (12, 9, 7)
@@ -48,8 +49,8 @@ def _parts(model: Model):
     return params, {name: t["rows"] for name, t in tables.items()}, model.init_bias()
 
 
-def _all_scores(model: Model, batch, codes_SxC: np.ndarray) -> np.ndarray:
-    """Log-probability [B,S] of every ID by the teacher-forced forward pass."""
+def _all_logits(model: Model, batch, codes_SxC: np.ndarray) -> tuple[jax.Array, ...]:
+    """Logits [B,S,V] of each level for every ID by the teacher-forced forward pass."""
     import dataclasses
 
     b, s = batch.user.shape[0], len(codes_SxC)
@@ -63,10 +64,15 @@ def _all_scores(model: Model, batch, codes_SxC: np.ndarray) -> np.ndarray:
     logits, _ = jax.jit(
         lambda batch: model.bind(params)(model.localise(batch, touched_only=False)[0], rows, bias, None)
     )(tiled)
+    return logits
+
+
+def _all_scores(model: Model, batch, codes_SxC: np.ndarray) -> np.ndarray:
+    """Log-probability [B,S] of every ID."""
     return np.asarray(
         sum(
-            jnp.take_along_axis(jax.nn.log_softmax(level), tiled.targets[..., i : i + 1], axis=-1)[..., 0]
-            for i, level in enumerate(logits)
+            jnp.take_along_axis(jax.nn.log_softmax(level), codes_SxC[None, :, i : i + 1], axis=-1)[..., 0]
+            for i, level in enumerate(_all_logits(model, batch, codes_SxC))
         )
     )
 
@@ -125,6 +131,24 @@ def test_free_beams_rank_every_combination(model: Model, trie: Trie):
     brute = _all_scores(model, batch, everything)
     beams = make_beam_search(model, len(everything), free=True)(*_parts(model), batch, device_trie(trie))
     np.testing.assert_allclose(beams.score, -np.sort(-brute, axis=1), atol=1e-4)
+
+
+def test_beams_of_a_legal_softmax_share_all_of_the_probability_among_items(trie: Trie, catalogue: np.ndarray):
+    """The chain rule over legal codes, written out from the logits of the teacher-forced pass."""
+    model = build(tiny_model(decoder_layers=2, softmax="legal"), VOCABULARY)
+    batch = random_batch(model.config, VOCABULARY)
+    distinct = np.unique(catalogue, axis=0)
+    logits = _all_logits(model, batch, distinct)
+    brute = np.zeros(logits[0].shape[:2])
+    for s, codes in enumerate(distinct):
+        for level in range(3):
+            legal = np.unique(distinct[(distinct[:, :level] == codes[:level]).all(axis=1), level])
+            x = np.asarray(logits[level][:, s], np.float64)
+            brute[:, s] += x[:, codes[level]] - np.log(np.exp(x[:, legal]).sum(axis=1))
+    beams = make_beam_search(model, 600)(*_parts(model), batch, device_trie(trie))
+    assert (np.asarray(beams.leaf)[:, : len(distinct)] == np.argsort(-brute, axis=1, kind="stable")).all()
+    np.testing.assert_allclose(beams.score[:, : len(distinct)], -np.sort(-brute, axis=1), atol=1e-4)
+    np.testing.assert_allclose(np.exp(beams.score).sum(axis=1), 1.0, rtol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

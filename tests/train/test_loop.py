@@ -272,7 +272,7 @@ def test_the_time_in_the_loader_is_the_data_wait_of_the_line(
             return super().__next__()
 
     def slow_step(step, abstract, mesh):
-        def run(state, batch):
+        def run(state, batch, trie):
             clock.now += 1.0
             return state, {"loss": (1.0, 1.0)}
 

@@ -10,7 +10,9 @@ from tiny import VOCABULARY, random_batch, tiny_model, tiny_values
 
 from onerec_jax.config import Recipe
 from onerec_jax.model.onerec import build
+from onerec_jax.model.prefixes import device_trie
 from onerec_jax.recipe import make_recipe
+from onerec_jax.tokenizer.trie import Trie
 from onerec_jax.train.loss import next_token_loss
 from onerec_jax.train.metrics import ratios
 from onerec_jax.train.optimizer import learning_rate, make_optimizer
@@ -48,6 +50,38 @@ def test_the_loss_is_the_weighted_sum_over_levels_of_the_cross_entropy():
         assert abs(float(total) - expected) < 1e-5
         values = ratios(metrics)
         assert abs(values["loss/level1"] + values["loss/level2"] - plain / weight.sum()) < 1e-5
+
+
+def test_a_softmax_over_legal_codes_knows_no_others():
+    """Against the codes that share each prefix, written out; a missing target is of no item and changes nothing."""
+    rng = np.random.default_rng(0)
+    catalogue = np.unique(rng.integers(1, (5, 4, 6), (30, 3)), axis=0).astype(np.int32)
+    trie = device_trie(Trie.build(catalogue, np.zeros(len(catalogue))))
+    logits = tuple(jnp.asarray(rng.normal(size=(2, 3, v)).astype(np.float32)) for v in (5, 4, 6))
+    targets = catalogue[rng.integers(0, len(catalogue), (2, 3))]
+    targets[1, 2] = 0
+    weight = np.array([[1.0, 0.5, 2.0], [2.0, 1.0, 0.0]], np.float32)
+    for smoothing in (0.0, 0.1):
+        expected, plain = 0.0, np.zeros(3)
+        for b, t in zip(*np.nonzero(weight), strict=True):
+            for level in range(3):
+                alike = (catalogue[:, :level] == targets[b, t, :level]).all(axis=1)
+                legal = np.unique(catalogue[alike, level])
+                x = np.asarray(logits[level][b, t], np.float64)
+                log_p = x - np.log(np.exp(x[legal]).sum())
+                nll = -log_p[targets[b, t, level]]
+                plain[level] += weight[b, t] * nll
+                expected += weight[b, t] * ((1 - smoothing) * nll - smoothing * log_p[legal].mean())
+
+        def loss(logits):
+            return next_token_loss(logits, jnp.asarray(targets), jnp.asarray(weight), smoothing, trie)  # noqa: B023
+
+        (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+        found = ratios(metrics)
+        np.testing.assert_allclose([found[f"loss/level{i}"] for i in (1, 2, 3)], plain / weight.sum(), rtol=1e-5)
+        for level in gradient:
+            assert np.isfinite(level).all() and not np.asarray(level[1, 2]).any()
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_targets(tmp_path):
