@@ -27,6 +27,7 @@ SHAPES = {
     "SASRec of semantic IDs": {**ALONE, "head": "items", "item_input": "both"},
     "HSTU": {**ALONE, "head": "items", "causal": True, "block": "hstu"},
     "OneRec on HSTU": {**ALONE, "block": "hstu"},
+    "OneRec with both heads": {**ALONE, "head": "both", "causal": True},
     "TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head_dim": 12},
     "causal TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "causal": True},
     "HSTU of codes": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head": "items", "block": "hstu"},

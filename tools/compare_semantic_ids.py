@@ -52,8 +52,10 @@ CONSTRUCTIONS: dict[str, list[str]] = {
 }  # fmt: skip
 SMALL_MODEL = [
     "model.d_model=64", "model.ffn_hidden=128", "model.encoder_layers=1", "model.decoder_layers=1", "model.dropout=0",
-    "model.item_input=sid", "model.event_features=[]", "model.short_length=10", "train.batch_size=128",
-    "train.learning_rate=3e-3", "train.eval_every=0", "train.checkpoint_every=1000000", "train.tensorboard=false",
+    "model.item_input=sid", "model.event_features=[]", "model.project_events=true", "model.short_length=10",
+    "model.head=codes", "model.softmax=all", "train.batch_size=128", "train.length_buckets=[]", "train.label_smoothing=0",
+    "train.learning_rate=3e-3", "train.b2=0.95", "train.warmup_steps=100",
+    "train.eval_every=0", "train.checkpoint_every=1000000", "train.tensorboard=false",
     "evaluate.split=valid", "evaluate.max_examples=4000", "evaluate.beam_width=20", "evaluate.free_examples=0",
     "evaluate.floors=[]",
 ]  # fmt: skip

@@ -16,6 +16,19 @@ class EvaluateConfig(Section):
     ks: tuple[PositiveInt, ...] = setting((5, 10), "cut-offs of Recall and NDCG", min_length=1)
     beam_width: int = setting(50, "beams of the trie-constrained search", ge=1)
     batch_size: int = setting(128, "users per search", ge=1)
+    item_weight: float = setting(
+        1.0,
+        "weight of an item's own log-probability beside its semantic ID's where beams are ranked (model.head both)",
+        ge=0,
+    )
+    inferences: int = setting(
+        1,
+        "inferences per request whose probabilities are averaged; the first reads the whole context, others a part",
+        ge=1,
+    )
+    left_out: float = setting(
+        0.2, "share of a context's events, the last never, that further inferences leave out at random", ge=0, lt=1
+    )
     max_examples: int = setting(0, "evaluate a fixed random sample of this many examples, 0 = all", ge=0)
     exclude_seen: bool = setting(True, "leave out items the user met before the context's end")
     targets: Literal["positive", "all"] = setting("positive", "relevant items: positive events only, or every event")

@@ -33,10 +33,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _samples_items(self) -> Recipe:
-        if self.train.sampled_items and self.model.head != "items":
+        if self.train.sampled_items and self.model.head == "codes":
             raise ValueError(
-                "train.sampled_items is of model.head items; with codes the softmax is always over all of a level"
+                "train.sampled_items is of model.head items or both; with codes the softmax is always over all of a level"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weighs_items(self) -> Recipe:
+        if self.model.head != "both" and (self.train.item_weight, self.evaluate.item_weight) != (1.0, 1.0):
+            raise ValueError("train.item_weight and evaluate.item_weight are of model.head both")
         return self
 
     @model_validator(mode="after")

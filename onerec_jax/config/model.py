@@ -34,10 +34,11 @@ class ModelConfig(Section):
     ffn_hidden: int = setting(256, "width of the dense two-matrix feed-forward", ge=1)
     encoder_layers: int = setting(2, "encoder blocks", ge=1)
     decoder_layers: int = setting(2, "decoder blocks", ge=1)
-    head: Literal["codes", "items"] = setting(
+    head: Literal["codes", "items", "both"] = setting(
         "codes",
         "what is predicted: codes, the semantic ID level by level; items, the item itself by a softmax over all of them, "
-        "without a decoder (SASRec, HSTU)",
+        "without a decoder (SASRec, HSTU); both, each with its loss: the encoder learns from all other items as negatives, and "
+        "beams are ranked by both",
     )
     softmax: Literal["all", "legal"] = setting(
         "all",
@@ -114,10 +115,14 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.head items has no decoder to put experts in: set moe.location both or moe.experts 0"
             )
+        if self.head == "both" and self.item_input == "sid":
+            raise ValueError(
+                "model.head both needs item_input id or both: the item vectors it predicts by are those it reads"
+            )
         if self.head == "items" and self.softmax == "legal":
             raise ValueError("model.softmax legal is of the codes of a semantic ID: model.head items predicts none")
-        if self.head == "items" and self.item_rows:
-            raise ValueError("model.head items has one vector per item: model.item_rows must be 0")
+        if self.head != "codes" and self.item_rows:
+            raise ValueError(f"model.head {self.head} has one vector per item: model.item_rows must be 0")
         if self.moe.experts and self.moe.active > self.moe.experts:
             raise ValueError(f"model.moe.active {self.moe.active} must be at most model.moe.experts {self.moe.experts}")
         if self.moe.experts:

@@ -43,6 +43,7 @@ class TrainConfig(Section):
     negative_weight: float = setting(1.0, "loss weight of targets without a positive label; positives weigh 1", ge=0)
     label_smoothing: float = setting(0.0, "mass spread over all codes of a level, or all items", ge=0, lt=1)
     sampled_items: int = setting(0, "items head: softmax against this many random items, 0 = against all", ge=0)
+    item_weight: float = setting(1.0, "weight of the loss over items beside that over codes (model.head both)", ge=0)
     log_every: int = setting(20, "steps between log lines", ge=1)
     eval_every: int = setting(0, "steps between validation losses, 0 = never", ge=0)
     eval_batches: int = setting(8, "validation batches per validation loss", ge=1)

@@ -67,7 +67,8 @@ def load_board(name: str) -> Board:
 
 
 def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path | None = None) -> list[Job]:
-    """All jobs, seed by seed; rows that differ in the model alone share a tokenizer, and all share the dataset.
+    """All jobs, seed by seed. Rows that differ in `evaluate` alone share a run, rows that differ in the model alone a
+    tokenizer, and all of them the dataset.
 
     Args:
         board: what to compare.
@@ -79,7 +80,7 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
     """
     folder = folder or Path("boards") / board.name
     shared = load_recipe(board.recipe, overrides)
-    found = []
+    found, trained = [], {}
     for seed in board.seeds:
         for row, changes in board.rows.items():
             own = [*overrides, *changes, f"seed={seed}", f"runs={folder / 'runs'}", "evaluate.floors=[]"]
@@ -89,7 +90,8 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             ids = _digest(recipe.tokenizer.model_dump(mode="json"), recipe.data.model_dump(mode="json"), seed)
             recipe = load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"])
             name = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}_{recipe.digest()}"
-            found.append(Job(row, seed, recipe.model_copy(update={"name": name})))
+            recipe = recipe.model_copy(update={"name": name})
+            found.append(Job(row, seed, recipe, trained.setdefault(_training(recipe), recipe)))
     return found
 
 
@@ -104,6 +106,12 @@ def _check_comparable(row: str, recipe: Recipe, shared: Recipe) -> None:
             f"row '{row}' changes {', '.join(changed)}, but all rows of a board share one dataset and protocol; "
             "give the setting to the whole board, or make another board"
         )
+
+
+def _training(recipe: Recipe) -> str:
+    """Equal for recipes that train the same model."""
+    values = recipe.model_dump(mode="json")
+    return _digest({name: value for name, value in values.items() if name not in ("name", "evaluate")})
 
 
 def _digest(*values: Any) -> str:
@@ -162,7 +170,7 @@ def _write(folder: Path, board: Board, overrides: Any, floors: dict[str, Any], p
                 name,
                 [result["metrics"] for _, result in results],
                 [result["seconds"] for _, result in results if not result["resumed"]],
-                [read_metrics(job.recipe.run_directory) for job, _ in results],
+                [read_metrics(job.training.run_directory) for job, _ in results],
             )
         )
     devices = sorted(

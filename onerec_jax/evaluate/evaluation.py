@@ -130,7 +130,7 @@ def evaluate(recommender: Recommender, report: Callable[[str], None] = print) ->
     lists = recommender.recommend(requests.examples, seen, max(settings.ks), progress=True)[0]
     model = _measure(requests, dataset, recipe)(lists)
     report(f"lists for {len(requests)} requests: {time.perf_counter() - started:.1f} s")
-    if settings.free_examples and recipe.model.head == "codes" and recipe.model.softmax == "all":
+    if settings.free_examples and recipe.model.head != "items" and recipe.model.softmax == "all":
         model["legal"] = recommender.legality(requests.examples[: settings.free_examples])
     rows = {"model": model} | _floors(requests, dataset, recipe)
     evaluation = Evaluation(_protocol(requests, dataset, recipe), rows)

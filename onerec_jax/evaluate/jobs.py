@@ -32,6 +32,7 @@ class Job:
     row: str
     seed: int
     recipe: Recipe
+    training: Recipe  # of the run to evaluate: the same, or that of an earlier row which differs in `evaluate` alone
 
     @property
     def result(self) -> Path:
@@ -53,10 +54,12 @@ def run_job(job: Job, dataset: Dataset, report: Report = print) -> dict[str, Any
     if job.result.exists():
         return json.loads(job.result.read_text())
     recipe, started = job.recipe, time.perf_counter()
-    resumed = recipe.run_directory.exists()
+    resumed = job.training.run_directory.exists()
     fit_ids(job, dataset)
-    run = pretrain(recipe, report)
-    evaluation = evaluate(load_recommender(str(run)), report)
+    run = pretrain(job.training, report)
+    recipe.run_directory.mkdir(parents=True, exist_ok=True)
+    recommender = dataclasses.replace(load_recommender(str(run)), recipe=recipe, run=recipe.run_directory)
+    evaluation = evaluate(recommender, report)
     result = {
         "metrics": evaluation.rows["model"],
         "seconds": round(time.perf_counter() - started, 1),
@@ -84,19 +87,22 @@ def run_jobs(jobs: list[Job], dataset: Dataset, processes: int, report: Report) 
         return
     for job in jobs:  # before the processes, of which several may need the same IDs
         fit_ids(job, dataset)
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-    for share in _shares(processes):
-        threading.Thread(target=_work, args=(waiting, ended, share), daemon=True).start()
     failed = []
-    for _ in jobs:
-        job, done = ended.get()
-        if done:
-            yield job
-        else:
-            failed.append(str(job))
+    first = {job.training.name: job for job in reversed(jobs)}.values()
+    later = [job for job in jobs if job not in first]
+    for part in ([job for job in jobs if job in first], later):  # two jobs never train the same run at a time
+        waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
+        for job in part:
+            waiting.put(job)
+        for share in _shares(processes):
+            threading.Thread(target=_work, args=(waiting, ended, share), daemon=True).start()
+        for _ in part:
+            job, done = ended.get()
+            if done:
+                yield job
+            else:
+                failed.append(str(job))
     if failed:
         raise InputError(
             f"jobs failed, for the reasons above: {'; '.join(failed)}; the board goes on when called again"

@@ -17,7 +17,7 @@ class ItemHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
         self.items = Embedding(vocabulary.items, config.d_model, rngs)
-        in_codes = config.item_input in ("sid", "both")
+        in_codes = config.head == "items" and config.item_input in ("sid", "both")  # a decoder has its own
         self.codes = CodeEmbedding(vocabulary.codebook_sizes, config.d_model, rngs) if in_codes else None
         self.tokens_per_event = config.tokens_per_event(vocabulary.levels)
 

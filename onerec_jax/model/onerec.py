@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,40 +22,54 @@ from onerec_jax.model.item_head import ItemHead
 from onerec_jax.model.tables import init_tables, localise, table_shapes
 
 
+class Outputs(NamedTuple):
+    """What a forward pass in training leaves to the loss; a head that the model does not have leaves None."""
+
+    logits: tuple[Array, ...] | None  # float32 [B,T,V] per level, teacher-forced
+    states: Array | None  # [B,T,D], what an item head predicts each target from
+    items: Array | None  # [I,D], the item vectors
+    loads: dict[str, Array]  # expert loads of both stacks
+
+
 class OneRec(nnx.Module):
-    """Encoder and decoder over shared code embeddings; or an encoder and a softmax over items."""
+    """Encoder and decoder over shared code embeddings; or an encoder and a softmax over items; or both heads."""
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
         self.encoder = Encoder(config, vocabulary, rngs)
-        by_code = config.head == "codes"
-        self.decoder = Decoder(config, vocabulary, rngs) if by_code else None
-        self.head = None if by_code else ItemHead(config, vocabulary, rngs)
+        self.decoder = Decoder(config, vocabulary, rngs) if config.head != "items" else None
+        self.head = ItemHead(config, vocabulary, rngs) if config.head != "codes" else None
 
     def encode(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
         if self.head is not None:
             rows = {**rows, "item": self.head.items.embedding[...]}
-            return self.encoder(batch, rows, self.head.codes, bias["encoder"], key)
-        assert self.decoder is not None
-        return self.encoder(batch, rows, self.decoder.codes, bias["encoder"], key)
+        codes = self.head.codes if self.decoder is None and self.head is not None else self.decoder.codes
+        return self.encoder(batch, rows, codes, bias["encoder"], key)
 
-    def states(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
-        """With an item head: what each target is predicted from [B,T,D], the item vectors [I,D], and the expert loads."""
-        assert self.head is not None
+    def outputs(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None) -> Outputs:
+        """One pass through the encoder and every head that there is."""
         context, load = self.encode(batch, rows, bias, key)
         loads = {"encoder": load, "decoder": bias["decoder"]}
-        return self.head.states(context, batch.visible), self.head.items.embedding[...], loads
+        logits = states = items = None
+        if self.decoder is not None:
+            valid = batch.target_weight > 0
+            targets = jnp.where(valid[..., None], batch.targets, 0)
+            logits, loads["decoder"] = self.decoder(context, targets, batch.visible, valid, bias["decoder"], key)
+        if self.head is not None:
+            states, items = self.head.states(context, batch.visible), self.head.items.embedding[...]
+        return Outputs(logits, states, items, loads)
 
     def __call__(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
-        """Teacher-forced logits per level (of all items with an item head), and the expert loads of both stacks."""
-        if self.head is not None:
-            states, _, loads = self.states(batch, rows, bias, key)
-            return (self.head.logits(states),), loads
-        assert self.decoder is not None
-        context, encoder_load = self.encode(batch, rows, bias, key)
-        valid = batch.target_weight > 0
-        targets = jnp.where(valid[..., None], batch.targets, 0)
-        logits, decoder_load = self.decoder(context, targets, batch.visible, valid, bias["decoder"], key)
-        return logits, {"encoder": encoder_load, "decoder": decoder_load}
+        """Teacher-forced logits per level (those of all items where there is no decoder), and the loads of both stacks."""
+        found = self.outputs(batch, rows, bias, key)
+        if found.logits is not None:
+            return found.logits, found.loads
+        assert self.head is not None
+        return (self.head.logits(found.states),), found.loads
+
+    def item_logits(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array]) -> Array:
+        """With an item head: float32 [B,T,I] in evaluation mode."""
+        assert self.head is not None
+        return self.head.logits(self.head.states(self.encode(batch, rows, bias, None)[0], batch.visible))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Model:
         shapes = {}
         for name, layers, moe in (
             ("encoder", self.config.encoder_layers, self.config.moe.location == "both"),
-            ("decoder", self.config.decoder_layers, self.config.head == "codes"),
+            ("decoder", self.config.decoder_layers, self.config.head != "items"),
         ):
             moe = moe and self.config.moe.experts > 0
             groups = layers // self.config.moe.every if moe else layers

@@ -92,14 +92,15 @@ def request_flops(
         attention = n * 2 * 4 * d * width + 2 * 2 * n * n * width
         in_encoder = config.moe.location == "both"
         encoder = config.encoder_layers * attention + n * _ffn(config, in_encoder, config.encoder_layers)
+    over_items = targets * 2 * d * (sampled_items or vocabulary.items) if config.head != "codes" else 0.0
     if config.head == "items":
-        return Flops(pathways, compressor, encoder, 0.0, targets * 2 * d * (sampled_items or vocabulary.items))
+        return Flops(pathways, compressor, encoder, 0.0, over_items)
     tokens = targets * levels
     own = tokens * 2 * 4 * d * width + 2 * 2 * tokens * levels * width
     cross = n * 2 * 2 * d * width + tokens * 2 * 2 * d * width + 2 * 2 * tokens * n * width
     decoder = config.decoder_layers * (own + cross) + tokens * _ffn(config, True, config.decoder_layers)
     heads = targets * sum(2 * d * size for size in vocabulary.codebook_sizes)
-    return Flops(pathways, compressor, encoder, decoder, heads)
+    return Flops(pathways, compressor, encoder, decoder, heads + over_items)
 
 
 def peak_flops(device: Any, dtype: str) -> float | None:

@@ -208,7 +208,7 @@ class Speed:
             sampled_items=self._recipe.train.sampled_items,
         )  # fmt: skip
         rate = flops.training * self._requests / seconds
-        by_code = self._model.config.head == "codes"
+        by_code = self._model.config.head != "items"
         values = {
             "examples_per_s": self._requests / seconds,
             "target_tokens_per_s": self._targets * (self._model.vocabulary.levels if by_code else 1) / seconds,

@@ -43,21 +43,27 @@ def _load_metrics(loads: dict[str, Array], experts: int) -> Metrics:
 
 
 def make_loss(
-    model: Model, smoothing: float, sampled_items: int = 0
+    model: Model, smoothing: float, sampled_items: int = 0, item_weight: float = 1.0
 ) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
     """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, expert loads)."""
 
     def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None, trie: DeviceTrie | None = None):
-        if model.config.head == "items":
-            states, items, loads = model.bind(params).states(batch, rows, bias, key)
+        if model.config.softmax == "legal" and trie is None:
+            raise ValueError("model.softmax legal needs the trie of the semantic IDs")
+        found = model.bind(params).outputs(batch, rows, bias, key)
+        total, metrics = jnp.zeros(()), {}
+        if found.logits is not None:
+            total, metrics = next_token_loss(found.logits, batch.targets, batch.target_weight, smoothing, trie)
+        if found.states is not None:
             sampling = None if key is None else jax.random.fold_in(key, 5)
-            total, metrics = item_loss(
-                states, items, batch.target_item, batch.target_weight, smoothing, sampled_items, sampling
+            own, of_items = item_loss(
+                found.states, found.items, batch.target_item, batch.target_weight, smoothing, sampled_items, sampling
             )
-            return total, (metrics, loads)
-        logits, loads = model.bind(params)(batch, rows, bias, key)
-        total, metrics = next_token_loss(logits, batch.targets, batch.target_weight, smoothing, trie)
-        return total, (metrics, loads)
+            if found.logits is None:
+                return own, (of_items, found.loads)
+            total = total + item_weight * own
+            metrics |= {"loss/item": of_items["loss"], **of_items, "loss": (total, metrics["loss"][1])}
+        return total, (metrics, found.loads)
 
     return loss
 
@@ -73,7 +79,7 @@ def make_train_step(
     """
     train = recipe.train
     gradients = jax.value_and_grad(
-        make_loss(model, train.label_smoothing, train.sampled_items), argnums=(0, 1), has_aux=True
+        make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight), argnums=(0, 1), has_aux=True
     )
     rate = learning_rate(train)
 

@@ -1,8 +1,10 @@
 """A board with training and beam search replaced by stand-ins: what is run, what is kept, and what the table says."""
 
+import dataclasses
 import json
 import re
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +33,17 @@ def small(recipe):
     return Board(name="small", recipe=recipe, seeds=(0, 1), rows=rows)
 
 
+@dataclasses.dataclass
+class Loaded:
+    """Stands for a recommender."""
+
+    trained: Path
+    run: Path
+    recipe: Any
+
+
 @pytest.fixture
-def trained(monkeypatch):
+def trained(monkeypatch, tiny_recipe):
     """Stand-ins for training and evaluation; the list of what was trained, as (feed-forward width, seed)."""
     done = []
 
@@ -45,11 +56,16 @@ def trained(monkeypatch):
         return recipe.run_directory
 
     def evaluate(recommender, report):
-        width, seed = done[-1]
-        return Evaluation("", {"model": {"R@10": width / 1000 + seed / 100}})
+        trained = yaml.safe_load((recommender.trained / "config.yaml").read_text())
+        beam = recommender.recipe.evaluate.beam_width - small_beam
+        score = trained["model"]["ffn_hidden"] / 1000 + trained["seed"] / 100 + beam / 10
+        assert recommender.run == recommender.recipe.run_directory and recommender.run.is_dir()
+        return Evaluation("", {"model": {"R@10": score}})
+
+    small_beam = tiny_recipe.evaluate.beam_width
 
     monkeypatch.setattr(runs, "pretrain", pretrain)
-    monkeypatch.setattr(runs, "load_recommender", lambda run: SimpleNamespace(run=run))
+    monkeypatch.setattr(runs, "load_recommender", lambda run: Loaded(Path(run), Path(run), None))
     monkeypatch.setattr(runs, "evaluate", evaluate)
     return done
 
@@ -101,6 +117,18 @@ def test_rows_share_a_tokenizer_where_its_settings_and_seed_are_the_same(small, 
     assert ids["wide", 0] == ids["plain", 0] != ids["plain", 1] and ids["random | IDs", 0] != ids["plain", 0]
     assert len({job.recipe.run_directory for job in planned}) == 6
     assert len({job.recipe.dataset_directory for job in planned}) == 1
+
+
+@pytest.mark.parametrize("only", ["", "wider beam"])
+def test_rows_that_differ_in_evaluation_alone_share_a_run(recipe, trained, tmp_path, tiny_recipe, only):
+    width = tiny_recipe.evaluate.beam_width
+    rows = {"plain": (), "wider beam": (f"evaluate.beam_width={width + 1}",), "wide": ("model.ffn_hidden=64",)}
+    board = Board(name="small", recipe=recipe, seeds=(0, 1), rows=rows)
+    folder = run_board(board, folder=tmp_path / "board", only=only, report=lambda line: None)
+    assert trained.count((48, 0)) == (1 if only else 2) and len({job.training.name for job in jobs(board)}) == 4
+    table = (folder / "board.md").read_text()
+    assert "0.1530" in line_of(table, "**wider beam**")
+    assert ("0.0530" in line_of(table, "**plain**")) == (not only)
 
 
 def test_rows_can_be_run_one_by_one(small, trained, tmp_path):

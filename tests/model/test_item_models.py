@@ -170,7 +170,7 @@ def test_shapes_that_do_not_fit_together_are_refused(bad: dict):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.sampled_items=5"], "train.sampled_items is of model.head items"),
+        (["model.head=codes", "train.sampled_items=5"], "train.sampled_items is of model.head items"),
         (["model.head=items", "train.sampled_items=5", "train.label_smoothing=0.1"], "train.label_smoothing"),
     ],
 )

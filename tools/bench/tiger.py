@@ -26,7 +26,9 @@ from rich.table import Table
 from onerec_jax.config import ModelConfig, Recipe
 from onerec_jax.data.schema import Batch, ItemFeatures, Vocabulary
 from onerec_jax.model.onerec import build
+from onerec_jax.model.prefixes import device_trie
 from onerec_jax.recipe import load_recipe
+from onerec_jax.tokenizer.trie import Trie
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import init_state
 from onerec_jax.train.step import make_train_step
@@ -34,16 +36,22 @@ from onerec_jax.train.step import make_train_step
 ITEMS, CODES, LEVELS, EVENTS, USERS = 12_101, 256, 4, 20, 2_000
 FILLED = 0.74  # of a context's six targets, on Beauty
 TIGER = [
+    "model.head=codes", "model.softmax=all",
     "model.item_input=sid", "model.event_tokens=codes", "model.project_events=false", "model.event_features=[]",
     "model.causal=false", "model.user_id=true", "model.static_dim=128", "model.d_model=128", "model.heads=6",
     "model.head_dim=64", "model.ffn_hidden=1024", "model.encoder_layers=4", "model.decoder_layers=4", "model.dropout=0.1",
 ]  # fmt: skip
 
 
+def made_up_codes() -> np.ndarray:
+    """Semantic IDs of all items, int32 [I,C]."""
+    return np.random.default_rng(0).integers(0, CODES, (ITEMS, LEVELS)).astype(np.int32)
+
+
 def made_up_batch(size: int, targets: int, causal: bool, seed: int = 0) -> Batch:
     """Full histories and targets of random items, NumPy arrays."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, CODES, (ITEMS, LEVELS)).astype(np.int32)
+    codes = made_up_codes()
 
     def events(length: int) -> ItemFeatures:
         item = rng.integers(0, ITEMS, (size, length)).astype(np.int32)
@@ -71,10 +79,11 @@ def ours(recipe: Recipe, size: int, targets: int) -> Callable[[], None]:
     model, optimizer = build(config, vocabulary), make_optimizer(recipe.train)
     state = [init_state(model, optimizer, 0)]
     batch = jax.device_put(made_up_batch(size, targets, config.causal))
-    step = jax.jit(make_train_step(model, recipe, optimizer), donate_argnums=0).lower(state[0], batch).compile()
+    trie = device_trie(Trie.build(made_up_codes(), np.zeros(ITEMS))) if config.softmax == "legal" else None
+    step = jax.jit(make_train_step(model, recipe, optimizer), donate_argnums=0).lower(state[0], batch, trie).compile()
 
     def run() -> None:
-        state[0] = jax.block_until_ready(step(state[0], batch)[0])
+        state[0] = jax.block_until_ready(step(state[0], batch, trie)[0])
 
     return run
 
