@@ -335,3 +335,13 @@ def searches(recipe: Recipe, world: World) -> Any:
     built = recommender.Recommender(Path(), recipe, world.dataset, world.ids, None, state)  # type: ignore[arg-type]
     built.recommend(np.asarray(examples), None, max(recipe.evaluate.ks))
     return asked
+
+
+def lists(recipe: Recipe, world: World) -> Any:
+    """Lists of an untrained model."""
+    built = _model(recipe, world)
+    params, tables = built.init(0)
+    state = SimpleNamespace(params=params, tables=tables, bias=built.init_bias())
+    examples = np.asarray(world.dataset.examples("test")[:4])
+    made = recommender.Recommender(Path(), recipe, world.dataset, world.ids, built, state)  # type: ignore[arg-type]
+    return digest(made.recommend(examples, None, 5))

@@ -49,6 +49,8 @@ RQ_VAE = {
 FSQ = {"tokenizer.quantizer": {"kind": "fsq", **SHORT_TRAINING}, "tokenizer.codebook_sizes": [8]}
 BOARD = {"evaluate.floors": ["popularity", "markov"]}
 
+ITEM_HEAD = {"model.head": "items", "model.moe.experts": 0}
+BOTH_HEADS = {"model.head": "both", "model.item_input": "both"}
 FLIPS: dict[str, Flip] = {
     "name": Flip("another", probe.training, SHORT_RUN),
     "seed": Flip(1, probe.log_tables, SMALL_SIMULATOR),
@@ -184,6 +186,7 @@ FLIPS: dict[str, Flip] = {
     "train.negative_weight": Flip(0.5, probe.batch),
     "train.label_smoothing": Flip(0.1, probe.step),
     "train.sampled_items": Flip(5, probe.item_step, {"model.head": "items", "model.moe.experts": 0}),
+    "train.item_weight": Flip(0.5, probe.item_step, BOTH_HEADS),
     "train.log_every": Flip(3, probe.training, SHORT_RUN),
     "train.eval_every": Flip(2, probe.training, SHORT_RUN),
     "train.eval_batches": Flip(1, probe.training, SHORT_RUN),
@@ -198,6 +201,9 @@ FLIPS: dict[str, Flip] = {
     "evaluate.split": Flip("valid", probe.board, BOARD),
     "evaluate.ks": Flip([3], probe.board, BOARD),
     "evaluate.beam_width": Flip(9, probe.searches),
+    "evaluate.item_weight": Flip(9.0, probe.lists, BOTH_HEADS),
+    "evaluate.inferences": Flip(2, probe.lists, ITEM_HEAD),
+    "evaluate.left_out": Flip(0.9, probe.lists, {**ITEM_HEAD, "evaluate.inferences": 2}),
     "evaluate.batch_size": Flip(10, probe.searches),
     "evaluate.max_examples": Flip(0, probe.board, BOARD),
     "evaluate.exclude_seen": Flip(False, probe.board, BOARD),

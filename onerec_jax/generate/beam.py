@@ -50,12 +50,14 @@ class _Search:
         self.bias = bias["decoder"]
         self.cross = self.decoder.cross_keys_values(context)
         self.mask = context.valid[:, None, :]
+        events = jnp.sum(context.valid & (context.position >= 0), axis=1, keepdims=True) // context.per_event
+        self.latest = self.decoder.latest(context, events)
         self.dtype = context.tokens.dtype
         self.past = self.decoder.empty_past(context.tokens.shape[0], 1, self.dtype)
 
     def logits(self, level: int, last_BxW: Array) -> Array:
         """Those of every code of this level [B,W,V] after the code `last` of each beam."""
-        x = self.decoder.embed_level(level, last_BxW, self.dtype)[:, :, None, :]
+        x = self.decoder.embed_level(level, last_BxW, self.latest, self.dtype)[:, :, None, :]
         valid = jnp.ones(last_BxW.shape, bool)
         x, _, self.past = self.decoder.decode(x, self.past, self.cross, self.mask, valid, self.bias)
         return self.decoder.heads[level](x[:, :, 0]).astype(jnp.float32)

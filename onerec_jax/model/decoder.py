@@ -97,18 +97,28 @@ class Decoder(nnx.Module):
         shape = (self.stack.size, self.stack.every, b, t, 0, c.heads, c.width_of_head)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    def embed_level(self, level: int, codes: Array, dtype: jnp.dtype) -> Array:
-        """Input of position `level`: BOS for 0 (codes give the shape), else the code of the level before."""
+    def embed_level(self, level: int, codes: Array, latest: Array | None, dtype: jnp.dtype) -> Array:
+        """Input of position `level`: BOS for 0 (codes give the shape), else the code of the level before.
+
+        Where the encoder is causal, BOS carries the `latest` token that the target may see: positions there count from the
+        first event, so that cross-attention alone could not tell which event is the most recent.
+        """
         position = self.position[...][level].astype(dtype)
-        if level == 0:
-            return jnp.broadcast_to(self.bos[...].astype(dtype) + position, (*codes.shape, self.bos.shape[0]))
-        return self.codes.level(level - 1, codes, dtype) + position
+        if level:
+            return self.codes.level(level - 1, codes, dtype) + position
+        start = jnp.broadcast_to(self.bos[...].astype(dtype) + position, (*codes.shape, self.bos.shape[0]))
+        return start if latest is None else start + latest
+
+    def latest(self, context: Context, visible_BxT: Array) -> Array | None:
+        """What BOS of each target carries [B,T,D], see `embed_level`."""
+        return context.last_seen(visible_BxT) if self.config.causal else None
 
     def __call__(self, context: Context, targets_BxTxC, visible_BxT, valid_BxT, bias_GxE, key: Array | None):
         """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and the load [G,E]."""
         dtype = context.tokens.dtype
         b, t, levels = targets_BxTxC.shape
-        inputs = [self.embed_level(i, targets_BxTxC[..., max(0, i - 1)], dtype) for i in range(levels)]
+        latest = self.latest(context, visible_BxT)
+        inputs = [self.embed_level(i, targets_BxTxC[..., max(0, i - 1)], latest, dtype) for i in range(levels)]
         x = dropout(jnp.stack(inputs, axis=2), self.config.dropout, None if key is None else jax.random.fold_in(key, 3))
         mask = context.valid[:, None, :]
         if self.config.causal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from onerec_jax.model.pathways import ItemEncoder, QFormer, StaticPathway, blank
 from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "valid", "position"], meta_fields=["per_event"]
+)
 @dataclasses.dataclass(frozen=True)
 class Context:
     """An encoded request. N = 1 static token + short + positive + lifelong queries."""
@@ -27,6 +30,11 @@ class Context:
     tokens: Array  # [B,N,D], normed
     valid: Array  # bool [B,N]
     position: Array  # int32 [N], index of the event within `short`, -1 for tokens every target may see
+    per_event: int = 1  # tokens of one event
+
+    def last_seen(self, visible_BxT: Array) -> Array:
+        """The last token of `short` that each target may see [B,T,D], the static one where it sees no event."""
+        return jnp.take_along_axis(self.tokens, self.per_event * visible_BxT[..., None], axis=1)
 
 
 class EncoderBlock(nnx.Module):
@@ -111,7 +119,7 @@ class Encoder(nnx.Module):
             return z, load, None
 
         z, load, _ = self.stack(z, per_block, bias_GxE, None if key is None else jax.random.fold_in(key, 2))
-        return Context(tokens=self.norm(z), valid=seen, position=position), load
+        return Context(tokens=self.norm(z), valid=seen, position=position, per_event=self.per_event), load
 
     def _events(self, name: str, events: ItemFeatures, valid_BxL: Array, rows: dict[str, Array], codes, dtype):
         """Tokens of one pathway's events and their validity, [B, L * tokens per event]."""

@@ -19,11 +19,10 @@ class ItemHead(nnx.Module):
         self.items = Embedding(vocabulary.items, config.d_model, rngs)
         in_codes = config.head == "items" and config.item_input in ("sid", "both")  # a decoder has its own
         self.codes = CodeEmbedding(vocabulary.codebook_sizes, config.d_model, rngs) if in_codes else None
-        self.tokens_per_event = config.tokens_per_event(vocabulary.levels)
 
     def states(self, context: Context, visible_BxT: Array) -> Array:
         """What each target is predicted from [B,T,D]: the last token it may see, the static one where it sees no event."""
-        return jnp.take_along_axis(context.tokens, self.tokens_per_event * visible_BxT[..., None], axis=1)
+        return context.last_seen(visible_BxT)
 
     def logits(self, states_xD: Array) -> Array:
         """float32 [..., I]."""

@@ -170,8 +170,11 @@ def test_shapes_that_do_not_fit_together_are_refused(bad: dict):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.head=codes", "train.sampled_items=5"], "train.sampled_items is of model.head items"),
-        (["model.head=items", "train.sampled_items=5", "train.label_smoothing=0.1"], "train.label_smoothing"),
+        (
+            ["model.head=codes", "train.sampled_items=5", "train.label_smoothing=0"],
+            "train.sampled_items is of model.head items",
+        ),
+        (["model.head=items", "model.softmax=all", "train.sampled_items=5"], "train.label_smoothing"),
     ],
 )
 def test_samples_of_items_that_would_be_ignored_or_would_ignore_are_refused(overrides: list[str], message: str):
