@@ -169,7 +169,7 @@ def run(recipe: RecipeName, overrides: Overrides = None) -> None:
 def board(
     name: Annotated[str, typer.Argument(help="a board of configs/boards/ by name, or a YAML file", metavar="BOARD")],
     overrides: Overrides = None,
-    only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
+    only: Annotated[str, typer.Option(help="the row of this name, or those whose name contains this")] = "",
     processes: Annotated[int, typer.Option(help="jobs at a time, each on its share of the processors", min=1)] = 1,
 ) -> None:
     """Train and evaluate all rows of a board on all its seeds, or go on where it was stopped."""

@@ -128,14 +128,15 @@ def run_board(
 ) -> Path:
     """Runs what is missing of a board; returns its folder, in which `board.md` and `board.html` hold what there is.
 
-    `only` names the rows to run, by a part of their names; results of others are shown where they are there. Several
+    `only` names the row to run, or several by a part of their names; results of others are shown where they are there. Several
     `processes` share the processors, which is faster than one job at a time on all of them where the models are small.
 
     Raises:
         InputError: no row of that name; bad settings or data, before anything is trained; a job's own error when its turn comes.
     """
     folder = folder or Path("boards") / board.name
-    if not any(only in row for row in board.rows):
+    chosen = {only} if only in board.rows else {row for row in board.rows if only in row}
+    if not chosen:
         raise InputError(f"board {board.name} has no row with '{only}' in its name; rows: {', '.join(board.rows)}")
     shared, planned = load_recipe(board.recipe, overrides), jobs(board, overrides, folder)
     if not (shared.dataset_directory / "card.json").exists():
@@ -149,7 +150,7 @@ def run_board(
         floors = evaluate_floors(dataset, shared)
         kept.write_text(json.dumps(dataclasses.asdict(floors), indent=1) + "\n")
     measured = json.loads(kept.read_text())
-    missing = [job for job in planned if only in job.row and not job.result.exists()]
+    missing = [job for job in planned if job.row in chosen and not job.result.exists()]
     report(f"{len(planned)} jobs, {len(missing)} to run")
     _write(folder, board, overrides, measured, planned)
     for _ in run_jobs(missing, dataset, processes, report):

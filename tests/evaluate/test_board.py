@@ -119,15 +119,15 @@ def test_rows_share_a_tokenizer_where_its_settings_and_seed_are_the_same(small, 
     assert len({job.recipe.dataset_directory for job in planned}) == 1
 
 
-@pytest.mark.parametrize("only", ["", "wider beam"])
+@pytest.mark.parametrize("only", ["", "wide"])
 def test_rows_that_differ_in_evaluation_alone_share_a_run(recipe, trained, tmp_path, tiny_recipe, only):
     width = tiny_recipe.evaluate.beam_width
-    rows = {"plain": (), "wider beam": (f"evaluate.beam_width={width + 1}",), "wide": ("model.ffn_hidden=64",)}
+    rows = {"plain": (), "wide": (f"evaluate.beam_width={width + 1}",), "wider": ("model.ffn_hidden=64",)}
     board = Board(name="small", recipe=recipe, seeds=(0, 1), rows=rows)
     folder = run_board(board, folder=tmp_path / "board", only=only, report=lambda line: None)
     assert trained.count((48, 0)) == (1 if only else 2) and len({job.training.name for job in jobs(board)}) == 4
     table = (folder / "board.md").read_text()
-    assert "0.1530" in line_of(table, "**wider beam**")
+    assert "0.1530" in line_of(table, "**wide**")
     assert ("0.0530" in line_of(table, "**plain**")) == (not only)
 
 
