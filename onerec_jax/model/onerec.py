@@ -42,7 +42,7 @@ class OneRec(nnx.Module):
     def encode(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
         if self.head is not None:
             rows = {**rows, "item": self.head.items.embedding[...]}
-        codes = self.head.codes if self.decoder is None and self.head is not None else self.decoder.codes
+        codes = self.decoder.codes if self.decoder is not None else self.head.codes if self.head is not None else None
         return self.encoder(batch, rows, codes, bias["encoder"], key)
 
     def outputs(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None) -> Outputs:
@@ -63,7 +63,7 @@ class OneRec(nnx.Module):
         found = self.outputs(batch, rows, bias, key)
         if found.logits is not None:
             return found.logits, found.loads
-        assert self.head is not None
+        assert self.head is not None and found.states is not None
         return (self.head.logits(found.states),), found.loads
 
     def item_logits(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array]) -> Array:

@@ -54,7 +54,7 @@ def make_loss(
         total, metrics = jnp.zeros(()), {}
         if found.logits is not None:
             total, metrics = next_token_loss(found.logits, batch.targets, batch.target_weight, smoothing, trie)
-        if found.states is not None:
+        if found.states is not None and found.items is not None:
             sampling = None if key is None else jax.random.fold_in(key, 5)
             own, of_items = item_loss(
                 found.states, found.items, batch.target_item, batch.target_weight, smoothing, sampled_items, sampling
