@@ -36,7 +36,7 @@ from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank
 from onerec_jax.model.onerec import build
-from onerec_jax.model.prefixes import device_trie
+from onerec_jax.model.prefixes import legal_trie
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import shardings
 from onerec_jax.tokenizer import kmeans
@@ -243,7 +243,7 @@ def item_step(recipe: Recipe, world: World) -> Any:
     built, optimizer = _model(recipe, world), make_optimizer(recipe.train)
     state = jax.eval_shape(lambda: init_state(built, optimizer, 0))
     examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
-    trie = device_trie(world.ids.trie) if recipe.model.softmax == "legal" else None
+    trie = legal_trie(recipe.model, world.ids.trie)
     return jax.jit(make_train_step(built, recipe, optimizer)).lower(state, examples, trie).as_text()
 
 

@@ -67,7 +67,9 @@ class Pipeline:
         examples = dataset.examples(split)
         order = _Order(
             grain.MapDataset.range(len(examples)).shuffle(seed=recipe.seed % 2**32).repeat(),
-            window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen),
+            window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen)
+            if recipe.train.length_buckets
+            else None,
             (*recipe.train.length_buckets, recipe.model.short_length),
             recipe.train.batch_size,
             recipe.seed,
@@ -126,17 +128,17 @@ class Pipeline:
 class _Order:
     """Step -> the example numbers of its global batch, and the length that its short pathway needs."""
 
-    def __init__(self, shuffled: Any, lengths: np.ndarray, buckets: tuple[int, ...], size: int, seed: int):
+    def __init__(self, shuffled: Any, lengths: np.ndarray | None, buckets: tuple[int, ...], size: int, seed: int):
         self._shuffled, self._lengths, self._buckets, self._size, self._seed = shuffled, lengths, buckets, size, seed
         self._pool: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __call__(self, step: int) -> tuple[np.ndarray, int]:
-        if len(self._buckets) == 1:
-            return self._numbers(step * self._size, self._size), self._buckets[0]
+        if self._lengths is None:
+            return self._numbers(step * self._size, self._size), self._buckets[-1]
         index, place = divmod(step, _POOL)
         made = self._pool  # one read: other threads may put another pool there
         if made[0] != index:
-            made = self._pool = (index, self._sorted(index))
+            made = self._pool = (index, self._sorted(index, self._lengths))
         numbers = made[1][place]
         longest = self._lengths[numbers].max()
         return numbers, next(length for length in self._buckets if length >= longest)
@@ -144,10 +146,10 @@ class _Order:
     def _numbers(self, first: int, count: int) -> np.ndarray:
         return np.array([self._shuffled[i] for i in range(first, first + count)])
 
-    def _sorted(self, index: int) -> np.ndarray:
+    def _sorted(self, index: int, lengths: np.ndarray) -> np.ndarray:
         """The numbers of `_POOL` steps, shortest windows together, as steps in random order [_POOL, size]."""
         numbers = self._numbers(index * _POOL * self._size, _POOL * self._size)
-        numbers = numbers[np.argsort(self._lengths[numbers], kind="stable")].reshape(_POOL, self._size)
+        numbers = numbers[np.argsort(lengths[numbers], kind="stable")].reshape(_POOL, self._size)
         return np.random.default_rng((self._seed, index)).permutation(numbers)
 
 

@@ -33,6 +33,7 @@ class Beams:
     codes: Array  # int32 [B,W,C]
     leaf: Array  # int32 [B,W], leaf of the trie; -1 in a free search and where there is no beam
     score: Array  # float32 [B,W]
+    item_score: Array | None = None  # float32 [B,I], log P of every item by the item head of a model with both
 
 
 def _pick(values: Array, parent: Array) -> Array:
@@ -109,7 +110,12 @@ def make_beam_search(model: Model, width: int, *, free: bool = False) -> Callabl
     @jax.jit
     def search(params: Any, rows: dict[str, Array], bias: dict[str, Array], batch: Batch, trie: DeviceTrie) -> Beams:
         context = model.encode(params, rows, bias, batch)
-        return _search(model.bind(params), context, bias, None if free else trie, width)
+        module = model.bind(params)
+        beams = _search(module, context, bias, None if free else trie, width)
+        if free or module.head is None:
+            return beams
+        logits = module.head.logits(module.head.states(context, batch.visible[:, :1]))
+        return dataclasses.replace(beams, item_score=jax.nn.log_softmax(logits[:, 0]))
 
     return search
 

@@ -14,13 +14,13 @@ from rich.progress import track
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import make_batch
-from onerec_jax.data.schema import ItemFeatures
 from onerec_jax.data.store import Dataset
-from onerec_jax.generate.beam import make_beam_search, resolve_items
+from onerec_jax.generate.beam import Beams, make_beam_search, resolve_items
+from onerec_jax.generate.inferences import average_lists, leave_out
 from onerec_jax.generate.ranking import Ragged, rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
-from onerec_jax.model.prefixes import device_trie, legal_log_probabilities
+from onerec_jax.model.prefixes import device_trie, legal_log_probabilities, legal_trie
 from onerec_jax.parallel.mesh import data_parallel, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -83,34 +83,39 @@ class Recommender:
         if self.recipe.model.head == "items":
             return self._rank_all(examples, seen, k, progress, inference)
         settings = self.recipe.evaluate
-        search = make_beam_search(self.model, settings.beam_width)
         trie = device_trie(self.ids.trie)
         items, scores = np.full((len(examples), k), -1, np.int32), np.full((len(examples), k), -np.inf, np.float32)
         batches = self._batches(examples, settings.batch_size, inference)
         total = -(-len(examples) // settings.batch_size)
         for first, count, batch in track(batches, "beam search", total, disable=not progress, transient=True):
-            beams = search(self.state.params, self.rows, self.state.bias, batch, trie)
+            beams = self._search(self.state.params, self.rows, self.state.bias, batch, trie)
             leaf, score = np.asarray(beams.leaf)[:count], np.asarray(beams.score)[:count]
             part = slice(first, first + count)
             exclude = slice_ragged(seen, part)
-            if self.recipe.model.head == "codes":
+            if beams.item_score is None:
                 items[part], scores[part] = resolve_items(self.ids.trie, leaf, score, k, exclude)
                 continue
-            found, score = resolve_items(self.ids.trie, leaf, score, max(k, settings.beam_width), exclude)
-            own = np.asarray(self._score_all(self.state.params, self.rows, self.state.bias, batch))[:count]
+            most = settings.beam_width * int(np.diff(self.ids.trie.item_start).max())
+            found, score = resolve_items(self.ids.trie, leaf, score, max(k, most), exclude)
+            own = np.asarray(beams.item_score)[:count]
             score = score + settings.item_weight * np.take_along_axis(own, np.maximum(found, 0), axis=1)
             best = np.argsort(-score, axis=1, kind="stable")[:, :k]
             items[part], scores[part] = np.take_along_axis(found, best, 1), np.take_along_axis(score, best, 1)
         return items, scores
 
     @functools.cached_property
+    def _search(self) -> Callable[..., Beams]:
+        """Compiled once, however many inferences follow."""
+        return make_beam_search(self.model, self.recipe.evaluate.beam_width)
+
+    @functools.cached_property
     def _score_all(self) -> Callable[..., jax.Array]:
-        """(params, rows, bias, batch) -> log P of every item [B,I] of the first target, by the item head."""
+        """(params, rows, bias, batch) -> log P of every item [B,I], by a model with only an item head."""
 
         @jax.jit
         def score(params, rows, bias, batch: Batch):
             batch, _ = self.model.localise(batch, touched_only=False)
-            return jax.nn.log_softmax(self.model.bind(params).item_logits(batch, rows, bias)[:, 0])
+            return jax.nn.log_softmax(self.model.bind(params)(batch, rows, bias, None)[0][0][:, 0])
 
         return score
 
@@ -142,53 +147,6 @@ class Recommender:
         return legal / max(1, beams_seen)
 
 
-def leave_out(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
-    """The batch without a random `share` of the events of `short`, of which the most recent always stays.
-
-    A pathway's features are as they were: the age of an event still counts from the event before it in the log.
-    """
-    item = batch.short.item
-    valid = item >= 0
-    last = np.arange(item.shape[1]) == valid.sum(axis=1, keepdims=True) - 1
-    keep = valid & ((rng.random(item.shape) >= share) | last)
-    order = np.argsort(~keep, axis=1, kind="stable")
-    kept = keep.sum(axis=1, keepdims=True)
-    room = np.arange(item.shape[1]) < kept
-
-    def shorter(values: np.ndarray) -> np.ndarray:
-        shape = values.shape[:2] + (1,) * (values.ndim - 2)
-        moved = np.take_along_axis(values, order.reshape(shape), axis=1)
-        return np.where(room.reshape(shape), moved, -1 if values is item else 0).astype(values.dtype)
-
-    short = {field.name: shorter(getattr(batch.short, field.name)) for field in dataclasses.fields(batch.short)}
-    return dataclasses.replace(
-        batch, short=ItemFeatures(**short), visible=np.minimum(batch.visible, kept).astype(batch.visible.dtype)
-    )
-
-
-def average_lists(items_ExNxK: np.ndarray, scores_ExNxK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k items of the highest mean probability over E lists per request; one that a list lacks has 0 there."""
-    lists, n, _ = items_ExNxK.shape
-    items = items_ExNxK.transpose(1, 0, 2).reshape(n, -1)
-    scores = scores_ExNxK.transpose(1, 0, 2).reshape(n, -1).astype(np.float64)
-    top = np.max(scores, axis=1, keepdims=True, initial=-np.inf)
-    share = np.where(items < 0, 0.0, np.exp(scores - np.where(np.isfinite(top), top, 0.0)))
-    order = np.argsort(items, axis=1, kind="stable")
-    items, share = np.take_along_axis(items, order, 1), np.take_along_axis(share, order, 1)
-    opens = np.ones(items.shape, bool)
-    opens[:, 1:] = items[:, 1:] != items[:, :-1]
-    start = np.flatnonzero(opens)
-    total = np.zeros(items.shape)
-    total.reshape(-1)[start] = np.add.reduceat(share.reshape(-1), start)
-    total = np.where(opens & (items >= 0), total, -1.0)
-    best = np.argsort(-total, axis=1, kind="stable")[:, :k]
-    total, found = np.take_along_axis(total, best, 1), np.take_along_axis(items, best, 1)
-    with np.errstate(divide="ignore"):
-        mean = np.log(np.maximum(total, 0.0) / lists) + np.where(np.isfinite(top), top, 0.0)
-    missing = total < 0
-    return np.where(missing, -1, found).astype(np.int32), np.where(missing, -np.inf, mean).astype(np.float32)
-
-
 def slice_ragged(ragged: Ragged | None, part: slice) -> Ragged | None:
     """The requests of `part` of (flat values, offsets)."""
     if ragged is None:
@@ -210,7 +168,7 @@ def scores_of_items(recommender: Recommender, examples: np.ndarray, items_NxJ: n
         visible=np.repeat(batch.visible[:, :1], items_NxJ.shape[1], axis=1),
     )
 
-    trie = device_trie(recommender.ids.trie) if recommender.recipe.model.softmax == "legal" else None
+    trie = legal_trie(recommender.recipe.model, recommender.ids.trie)
 
     @jax.jit
     def score(params, rows, bias, batch, trie):

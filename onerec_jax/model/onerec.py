@@ -66,11 +66,6 @@ class OneRec(nnx.Module):
         assert self.head is not None and found.states is not None
         return (self.head.logits(found.states),), found.loads
 
-    def item_logits(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array]) -> Array:
-        """With an item head: float32 [B,T,I] in evaluation mode."""
-        assert self.head is not None
-        return self.head.logits(self.head.states(self.encode(batch, rows, bias, None)[0], batch.visible))
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:

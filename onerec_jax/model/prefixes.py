@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from onerec_jax.config import ModelConfig
 from onerec_jax.tokenizer.trie import Trie
 
 
@@ -29,6 +30,11 @@ def device_trie(trie: Trie) -> DeviceTrie:
     return DeviceTrie(
         tuple(jnp.asarray(a) for a in trie.child_start), tuple(jnp.asarray(a) for a in trie.token), trie.branching
     )
+
+
+def legal_trie(config: ModelConfig, trie: Trie) -> DeviceTrie | None:
+    """The trie that the loss of this model needs: that of its semantic IDs with `model.softmax: legal`, else none."""
+    return device_trie(trie) if config.softmax == "legal" else None
 
 
 def children(trie: DeviceTrie, level: int, node_x: Array) -> tuple[Array, Array, Array]:

@@ -19,7 +19,7 @@ from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
-from onerec_jax.model.prefixes import DeviceTrie, device_trie
+from onerec_jax.model.prefixes import DeviceTrie, legal_trie
 from onerec_jax.parallel.mesh import check_batch, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -76,7 +76,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
             state = dataclasses.replace(state, **given)
     _write_config(run, recipe)
 
-    trie = device_trie(ids.trie) if recipe.model.softmax == "legal" else None
+    trie = legal_trie(recipe.model, ids.trie)
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
     validate = _validation(model, dataset, ids, recipe, mesh, trie)
     log = MetricsLog(run, train.tensorboard)

@@ -137,8 +137,10 @@ def make_eval_step(model: Model) -> Callable[..., Metrics]:
 
 
 def compile_step(step: Callable[..., Any], abstract: TrainState, mesh: Mesh) -> Callable[..., Any]:
-    """`step` jitted on the mesh: state in place and donated, batch split over the data axes, trie and metrics replicated."""
+    """`step` jitted on the mesh: (state, batch, trie) -> (state, metrics).
+
+    The state stays in place and is donated, the batch is split over the data axes, trie (or None) and metrics are replicated.
+    """
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     given = (places, batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()))
-    compiled = jax.jit(step, in_shardings=given, out_shardings=(places, None), donate_argnums=0)
-    return lambda state, batch, trie=None: compiled(state, batch, trie)
+    return jax.jit(step, in_shardings=given, out_shardings=(places, None), donate_argnums=0)

@@ -47,7 +47,7 @@ class Trainer:
     def train(self, state: TrainState, batches: list[Batch]) -> tuple[TrainState, list[dict[str, float]]]:
         lines = []
         for batch in batches:
-            state, metrics = self.step(state, put_batch(batch, self.mesh))
+            state, metrics = self.step(state, put_batch(batch, self.mesh), None)
             lines.append(ratios(metrics))
         return state, lines
 

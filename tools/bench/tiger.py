@@ -25,8 +25,9 @@ from rich.table import Table
 
 from onerec_jax.config import ModelConfig, Recipe
 from onerec_jax.data.schema import Batch, ItemFeatures, Vocabulary
+from onerec_jax.evaluate.board import load_board
 from onerec_jax.model.onerec import build
-from onerec_jax.model.prefixes import device_trie
+from onerec_jax.model.prefixes import legal_trie
 from onerec_jax.recipe import load_recipe
 from onerec_jax.tokenizer.trie import Trie
 from onerec_jax.train.optimizer import make_optimizer
@@ -35,12 +36,6 @@ from onerec_jax.train.step import make_train_step
 
 ITEMS, CODES, LEVELS, EVENTS, USERS = 12_101, 256, 4, 20, 2_000
 FILLED = 0.74  # of a context's six targets, on Beauty
-TIGER = [
-    "model.head=codes", "model.softmax=all",
-    "model.item_input=sid", "model.event_tokens=codes", "model.project_events=false", "model.event_features=[]",
-    "model.causal=false", "model.user_id=true", "model.static_dim=128", "model.d_model=128", "model.heads=6",
-    "model.head_dim=64", "model.ffn_hidden=1024", "model.encoder_layers=4", "model.decoder_layers=4", "model.dropout=0.1",
-]  # fmt: skip
 
 
 def made_up_codes() -> np.ndarray:
@@ -79,7 +74,7 @@ def ours(recipe: Recipe, size: int, targets: int) -> Callable[[], None]:
     model, optimizer = build(config, vocabulary), make_optimizer(recipe.train)
     state = [init_state(model, optimizer, 0)]
     batch = jax.device_put(made_up_batch(size, targets, config.causal))
-    trie = device_trie(Trie.build(made_up_codes(), np.zeros(ITEMS))) if config.softmax == "legal" else None
+    trie = legal_trie(config, Trie.build(made_up_codes(), np.zeros(ITEMS)))
     step = jax.jit(make_train_step(model, recipe, optimizer), donate_argnums=0).lower(state[0], batch, trie).compile()
 
     def run() -> None:
@@ -120,7 +115,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9, help="steps of each, in turn")
     given = parser.parse_args()
-    tiger = load_recipe("beauty_small", TIGER)
+    tiger = load_recipe("beauty_small", load_board("beauty").rows["TIGER"])
     onerec = load_recipe("beauty_small")
     single = load_recipe("beauty_small", ["model.causal=false"])
     contestants: dict[str, tuple[float, Callable[[], None]]] = {}
