@@ -36,7 +36,7 @@ from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank
 from onerec_jax.model.onerec import build
-from onerec_jax.model.prefixes import legal_trie
+from onerec_jax.model.prefixes import training_trie
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import shardings
 from onerec_jax.tokenizer import kmeans
@@ -194,8 +194,10 @@ def _forward(recipe: Recipe, world: World):
     batch = make_batch(world.dataset, world.ids.codes, recipe.model, examples, recipe.data.targets)
     rows = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in built.tables.items()}
 
+    trie = training_trie(recipe.model, world.ids.trie)
+
     def forward(params, rows, bias, key):
-        return built.bind(params)(built.localise(batch, touched_only=False)[0], rows, bias, key)
+        return built.bind(params)(built.localise(batch, touched_only=False)[0], rows, bias, key, trie)
 
     return forward, (built.abstract, rows, jax.eval_shape(built.init_bias), jax.random.key(0))
 
@@ -243,7 +245,7 @@ def item_step(recipe: Recipe, world: World) -> Any:
     built, optimizer = _model(recipe, world), make_optimizer(recipe.train)
     state = jax.eval_shape(lambda: init_state(built, optimizer, 0))
     examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
-    trie = legal_trie(recipe.model, world.ids.trie)
+    trie = training_trie(recipe.model, world.ids.trie)
     return jax.jit(make_train_step(built, recipe, optimizer)).lower(state, examples, trie).as_text()
 
 

@@ -9,10 +9,13 @@ import numpy as np
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import LABELS, Batch, ItemFeatures, Vocabulary
+from onerec_jax.model.prefixes import DeviceTrie, training_trie
+from onerec_jax.tokenizer.trie import Trie
 
 VOCABULARY = Vocabulary(
     users=50, items=100, authors=20, tags=7, user_features=(3, 4), labels=LABELS, codebook_sizes=(16, 16, 16)
 )
+_CODES = np.random.default_rng(1).integers(0, 16, (100, 3)).astype(np.int32)
 TINY = {
     "d_model": 32, "heads": 2, "ffn_hidden": 48, "encoder_layers": 1, "decoder_layers": 1, "item_input": "both",
     "short_length": 6, "positive_length": 5, "lifelong_length": 9, "lifelong_queries": 4, "lifelong_layers": 1,
@@ -36,6 +39,11 @@ SHAPES = {
 
 def tiny_model(**changes) -> ModelConfig:
     return ModelConfig.model_validate({**TINY, **changes})
+
+
+def tiny_trie(config: ModelConfig) -> DeviceTrie | None:
+    """What a model of `VOCABULARY` needs of the semantic IDs of its items."""
+    return training_trie(config, Trie.build(_CODES, np.zeros(len(_CODES))))
 
 
 def random_events(rng: np.random.Generator, vocabulary: Vocabulary, batch: int, length: int) -> ItemFeatures:

@@ -83,6 +83,11 @@ class ModelConfig(Section):
     moe: MoEConfig = MoEConfig()
 
     @property
+    def coded_items(self) -> bool:
+        """Whether the vectors that items are predicted by hold their codes, as those in the context do."""
+        return self.head != "codes" and self.item_input == "both"
+
+    @property
     def width_of_head(self) -> int:
         return self.head_dim or self.d_model // self.heads
 

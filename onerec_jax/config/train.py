@@ -41,6 +41,9 @@ class TrainConfig(Section):
     clip_norm: float = setting(1.0, "global-norm clip of the dense gradient, 0 = off", ge=0)
     table_rate: float = setting(0.05, "rate of row-wise Adagrad on id tables", gt=0)
     negative_weight: float = setting(1.0, "loss weight of targets without a positive label; positives weigh 1", ge=0)
+    half_life_days: float = setting(
+        0.0, "targets weigh half as much for every so many days before the end of train, 0 = all alike", ge=0
+    )
     label_smoothing: float = setting(0.0, "mass spread over all codes of a level, or all items", ge=0, lt=1)
     sampled_items: int = setting(0, "items head: softmax against this many random items, 0 = against all", ge=0)
     item_weight: float = setting(1.0, "weight of the loss over items beside that over codes (model.head both)", ge=0)

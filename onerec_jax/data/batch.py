@@ -15,11 +15,21 @@ import numpy as np
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.records import EVENT, History, unpack_feedback
-from onerec_jax.data.schema import Batch, ItemFeatures
+from onerec_jax.data.schema import DAY_MS, Batch, ItemFeatures
 from onerec_jax.data.store import Dataset
 
 # Examples read and packed together: few enough that their histories (60 kB each at 2,500 events) stay in cache.
 _GROUP = 16
+
+
+class TargetWeights(NamedTuple):
+    """How much each target counts in the loss; a positive one at the end of train counts 1."""
+
+    negative: float = 1.0  # a target without a positive label
+    half_life_days: float = 0.0  # halved for every so many days before the end of train, 0 = never
+
+
+ALIKE = TargetWeights()
 
 
 class _Span(NamedTuple):
@@ -38,7 +48,7 @@ def make_batch(
     model: ModelConfig,
     examples: np.ndarray,
     targets: int,
-    negative_weight: float = 1.0,
+    weights: TargetWeights = ALIKE,
     *,
     frozen: bool = False,
 ) -> Batch:
@@ -55,7 +65,7 @@ def make_batch(
         model: lengths of the pathways, and whether the encoder is causal.
         examples: (user row, cut, start, stop), int64 [B,4].
         targets: T.
-        negative_weight: `target_weight` of targets that are not positive.
+        weights: what makes `target_weight`; targets after the end of train are not older than it.
         frozen: end every context at the cut, under a causal encoder too.
 
     Returns:
@@ -74,7 +84,7 @@ def make_batch(
         ]
         rolling = model.causal and not frozen
         _fill_contexts(batch, group, dataset, codes, model, histories, spans)
-        _fill_targets(batch, group, dataset, codes, histories, spans, negative_weight)
+        _fill_targets(batch, group, dataset, codes, histories, spans, weights)
         batch.visible[group] = [
             _visible(history, span, targets, rolling) for history, span in zip(histories, spans, strict=True)
         ]
@@ -226,14 +236,18 @@ def _fill_targets(
     codes: np.ndarray,
     histories: list[History],
     spans: list[_Span],
-    negative_weight: float,
+    weights: TargetWeights,
 ) -> None:
     runs = [history.rows[span.start : span.stop] for history, span in zip(histories, spans, strict=True)]
     filled = np.arange(batch.targets.shape[1]) < np.array([len(run) for run in runs])[:, None]
     events = np.concatenate(runs).view(EVENT)
     _put(batch.targets[group], codes.take(events["item"], axis=0, mode="clip"), filled)
     _put(batch.target_item[group], events["item"], filled, padding=-1)
-    _put(batch.target_weight[group], np.where(events["positive"], 1.0, negative_weight), filled)
+    weight = np.where(events["positive"], 1.0, weights.negative)
+    if weights.half_life_days:
+        age_ms = np.maximum(dataset.train_end_ms - events["timestamp_ms"], 0)
+        weight *= np.exp2(-age_ms / (weights.half_life_days * DAY_MS))
+    _put(batch.target_weight[group], weight, filled)
     _put(batch.feedback[group], unpack_feedback(events, len(dataset.labels)), filled)
     _put(batch.playtime_s[group], events["playtime_s"], filled)
 

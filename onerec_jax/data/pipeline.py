@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onerec_jax.config import Recipe
-from onerec_jax.data.batch import make_batch, window_lengths
+from onerec_jax.data.batch import TargetWeights, make_batch, window_lengths
 from onerec_jax.data.schema import Batch, ItemFeatures
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
@@ -175,7 +175,7 @@ class _Load:
             recipe.model.model_copy(update={"short_length": length}),
             self.dataset.examples(self.split)[chosen],
             recipe.data.targets,
-            recipe.train.negative_weight,
+            TargetWeights(recipe.train.negative_weight, recipe.train.half_life_days),
             frozen=self.split != "train" and self.dataset.frozen,
         )
         return _as_arrays(batch)

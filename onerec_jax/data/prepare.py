@@ -59,6 +59,7 @@ class Partition:
     train_stops: np.ndarray  # int64 [U]
     train_count: np.ndarray  # int64 [I], events per item in train
     dropped: int  # events beyond max_history
+    train_end_ms: int  # time of the latest event in train
 
 
 def prepare(recipe: Recipe) -> Path:
@@ -133,6 +134,7 @@ def write_dataset(tables: Tables, data: DataConfig, directory: Path, seed: int, 
         "labels": list(present),
         "vocabulary": {"authors": authors, "tags": tags, "user_features": feature_sizes},
         "split_moments_ms": None if moments is None else moments._asdict(),
+        "train_end_ms": max(partition.train_end_ms for partition in partitions),
         "shard_bounds": bounds.tolist(),
     }
     with replacing(directory, "the dataset") as partial:
@@ -172,6 +174,7 @@ def prepare_partition(
         train_stops.astype(np.int64),
         np.bincount(histories.item[in_train], minlength=items),
         events.height - len(histories.item),
+        int(histories.timestamp_ms[in_train].max(initial=0)),
     )
 
 

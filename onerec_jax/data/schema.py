@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+DAY_MS = 86_400_000
 
 # Feedback labels this project knows; a source provides any subset, and `card.json` lists those present, in this order.
 LABELS = (

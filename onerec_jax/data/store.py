@@ -82,6 +82,17 @@ class Dataset:
     def num_items(self) -> int:
         return len(self.item_ids)
 
+    @property
+    def train_end_ms(self) -> int:
+        """Time of the latest event in train, milliseconds since 1970, UTC.
+
+        Raises:
+            InputError: the dataset is older than this entry of its card.
+        """
+        if "train_end_ms" not in self.card:
+            raise InputError(f"{self.directory} does not say when train ends; make it anew with `onerec data RECIPE`")
+        return int(self.card["train_end_ms"])
+
     def check_settings(self, data: DataConfig, recipe: str) -> None:
         """Checks that the dataset was made with these settings, `source` and `directory` apart.
 

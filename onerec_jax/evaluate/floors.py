@@ -17,13 +17,13 @@ import scipy.sparse
 from scipy.linalg import get_lapack_funcs
 
 from onerec_jax.config import EvaluateConfig
+from onerec_jax.data.schema import DAY_MS
 from onerec_jax.evaluate.metrics import Ragged
 
 Scorer = Callable[[Ragged], np.ndarray]  # contexts, oldest event first -> scores float32 [N,I]
 
 MARKOV_GAPS = 5  # DESIGN 7: gaps 1-5, weight 1/gap
 MARKOV_CONTEXT = 10  # most recent events of a context the chain looks at
-DAY_MS = 86_400_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from onerec_jax.generate.inferences import average_lists, leave_out
 from onerec_jax.generate.ranking import Ragged, rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
-from onerec_jax.model.prefixes import device_trie, legal_log_probabilities, legal_trie
+from onerec_jax.model.prefixes import DeviceTrie, device_trie, legal_log_probabilities
 from onerec_jax.parallel.mesh import data_parallel, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -77,18 +77,18 @@ class Recommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The lists of one inference.
 
-        By trie-constrained beam search. A model with only an item head scores every item; one with both heads adds
-        `evaluate.item_weight` times the item's own log-probability to the score of its beam, and ranks by the sum.
+        By trie-constrained beam search. A model with only an item head scores every item. One with both heads takes the
+        items of all beams and as many of its best items, and ranks them by the sum of their log-probability by codes and
+        `evaluate.item_weight` times that by the item head.
         """
         if self.recipe.model.head == "items":
             return self._rank_all(examples, seen, k, progress, inference)
         settings = self.recipe.evaluate
-        trie = device_trie(self.ids.trie)
         items, scores = np.full((len(examples), k), -1, np.int32), np.full((len(examples), k), -np.inf, np.float32)
         batches = self._batches(examples, settings.batch_size, inference)
         total = -(-len(examples) // settings.batch_size)
         for first, count, batch in track(batches, "beam search", total, disable=not progress, transient=True):
-            beams = self._search(self.state.params, self.rows, self.state.bias, batch, trie)
+            beams = self._search(self.state.params, self.rows, self.state.bias, batch, self._trie)
             leaf, score = np.asarray(beams.leaf)[:count], np.asarray(beams.score)[:count]
             part = slice(first, first + count)
             exclude = slice_ragged(seen, part)
@@ -98,10 +98,58 @@ class Recommender:
             most = settings.beam_width * int(np.diff(self.ids.trie.item_start).max())
             found, score = resolve_items(self.ids.trie, leaf, score, max(k, most), exclude)
             own = np.asarray(beams.item_score)[:count]
+            other, other_score = self._best_items(batch, own, exclude, max(k, settings.beam_width))
+            known = (other[:, :, None] == found[:, None, :]).any(axis=2)
+            found = np.concatenate([found, np.where(known, -1, other)], axis=1)
+            score = np.concatenate([score, other_score], axis=1)
             score = score + settings.item_weight * np.take_along_axis(own, np.maximum(found, 0), axis=1)
+            score = np.where(found < 0, -np.inf, score)
             best = np.argsort(-score, axis=1, kind="stable")[:, :k]
             items[part], scores[part] = np.take_along_axis(found, best, 1), np.take_along_axis(score, best, 1)
         return items, scores
+
+    def _best_items(
+        self, batch: Batch, own_nxI: np.ndarray, exclude: Ragged | None, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k items [n,k] that the item head puts first (-1 = no more), and their log-probability by codes [n,k].
+
+        n may be fewer than the batch holds: what pads a batch has no scores.
+        """
+        items = rank(own_nxI, exclude, k)
+        padded = np.resize(np.maximum(items, 0), (batch.user.shape[0], items.shape[1]))
+        return items, self.log_p_of_items(batch, padded)[: len(items)]
+
+    def log_p_of_items(self, batch: Batch, items_BxJ: np.ndarray) -> np.ndarray:
+        """Log-probability float32 [B,J] of items by their codes, in the teacher-forced forward pass."""
+        batch = dataclasses.replace(
+            batch,
+            targets=self.ids.codes[items_BxJ].astype(np.int32),
+            target_item=items_BxJ.astype(np.int32),
+            target_weight=np.ones(items_BxJ.shape, np.float32),
+            visible=np.repeat(np.asarray(batch.visible)[:, :1], items_BxJ.shape[1], axis=1),
+        )
+        return np.asarray(self._score_codes(self.state.params, self.rows, self.state.bias, batch, self._trie))
+
+    @functools.cached_property
+    def _trie(self) -> DeviceTrie:
+        return device_trie(self.ids.trie, self.recipe.model)
+
+    @functools.cached_property
+    def _score_codes(self) -> Callable[..., jax.Array]:
+        """(params, rows, bias, batch, trie) -> log P of every target [B,T], the sum over its codes."""
+
+        @jax.jit
+        def score(params, rows, bias, batch: Batch, trie: DeviceTrie):
+            local, _ = self.model.localise(batch, touched_only=False)
+            logits, _ = self.model.bind(params)(local, rows, bias, None, trie)
+            if self.recipe.model.softmax == "legal":
+                levels = [log_p for log_p, _ in legal_log_probabilities(logits, batch.targets, trie)]
+            else:
+                levels = [jax.nn.log_softmax(level) for level in logits]
+            own = [jnp.take_along_axis(p, batch.targets[..., i, None], axis=-1) for i, p in enumerate(levels)]
+            return jnp.sum(jnp.concatenate(own, axis=-1), axis=-1)
+
+        return score
 
     @functools.cached_property
     def _search(self) -> Callable[..., Beams]:
@@ -110,12 +158,12 @@ class Recommender:
 
     @functools.cached_property
     def _score_all(self) -> Callable[..., jax.Array]:
-        """(params, rows, bias, batch) -> log P of every item [B,I], by a model with only an item head."""
+        """(params, rows, bias, batch, trie) -> log P of every item [B,I], by a model with only an item head."""
 
         @jax.jit
-        def score(params, rows, bias, batch: Batch):
+        def score(params, rows, bias, batch: Batch, trie: DeviceTrie):
             batch, _ = self.model.localise(batch, touched_only=False)
-            return jax.nn.log_softmax(self.model.bind(params)(batch, rows, bias, None)[0][0][:, 0])
+            return jax.nn.log_softmax(self.model.bind(params)(batch, rows, bias, None, trie)[0][0][:, 0])
 
         return score
 
@@ -128,7 +176,8 @@ class Recommender:
         for first, count, batch in track(
             self._batches(examples, size, inference), "scoring", total, disable=not progress, transient=True
         ):
-            found = np.asarray(self._score_all(self.state.params, self.rows, self.state.bias, batch))[:count]
+            given = (self.state.params, self.rows, self.state.bias, batch, self._trie)
+            found = np.asarray(self._score_all(*given))[:count]
             items.append(rank(found, slice_ragged(seen, slice(first, first + count)), k))
             best = np.take_along_axis(found, np.maximum(items[-1], 0), axis=1)
             scores.append(np.where(items[-1] < 0, -np.inf, best))
@@ -137,10 +186,9 @@ class Recommender:
     def legality(self, examples: np.ndarray) -> float:
         """Share of unconstrained beams whose semantic ID belongs to an item."""
         search = make_beam_search(self.model, self.recipe.evaluate.beam_width, free=True)
-        trie = device_trie(self.ids.trie)
         legal = beams_seen = 0
         for _, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
-            beams = search(self.state.params, self.rows, self.state.bias, batch, trie)
+            beams = search(self.state.params, self.rows, self.state.bias, batch, self._trie)
             codes = np.asarray(beams.codes)[:count].reshape(-1, self.ids.codes.shape[1])
             legal += int((self.ids.trie.find(codes) >= 0).sum())
             beams_seen += len(codes)
@@ -158,29 +206,5 @@ def slice_ragged(ragged: Ragged | None, part: slice) -> Ragged | None:
 
 def scores_of_items(recommender: Recommender, examples: np.ndarray, items_NxJ: np.ndarray) -> np.ndarray:
     """Log-probability float32 [N,J] of items by the teacher-forced forward pass: the oracle of a beam's score."""
-    codes = recommender.ids.codes[items_NxJ]
     batch = make_batch(recommender.dataset, recommender.ids.codes, recommender.recipe.model, examples, 1, frozen=True)
-    batch = dataclasses.replace(
-        batch,
-        targets=codes.astype(np.int32),
-        target_item=items_NxJ,
-        target_weight=np.ones(items_NxJ.shape, np.float32),
-        visible=np.repeat(batch.visible[:, :1], items_NxJ.shape[1], axis=1),
-    )
-
-    trie = legal_trie(recommender.recipe.model, recommender.ids.trie)
-
-    @jax.jit
-    def score(params, rows, bias, batch, trie):
-        local, _ = recommender.model.localise(batch, touched_only=False)
-        logits, _ = recommender.model.bind(params)(local, rows, bias, None)
-        if trie is None:
-            levels = [jax.nn.log_softmax(level) for level in logits]
-        else:
-            levels = [log_p for log_p, _ in legal_log_probabilities(logits, batch.targets, trie)]
-        per_level = [
-            jnp.take_along_axis(log_p, batch.targets[..., i : i + 1], axis=-1)[..., 0] for i, log_p in enumerate(levels)
-        ]
-        return sum(per_level[1:], start=per_level[0])
-
-    return np.asarray(score(recommender.state.params, recommender.rows, recommender.state.bias, batch, trie))
+    return recommender.log_p_of_items(batch, items_NxJ)

@@ -19,6 +19,8 @@ from onerec_jax.data.schema import LABELS, Batch, Vocabulary
 from onerec_jax.model.decoder import Decoder
 from onerec_jax.model.encoder import Context, Encoder
 from onerec_jax.model.item_head import ItemHead
+from onerec_jax.model.layers import CodeEmbedding
+from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import init_tables, localise, table_shapes
 
 
@@ -42,11 +44,27 @@ class OneRec(nnx.Module):
     def encode(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
         if self.head is not None:
             rows = {**rows, "item": self.head.items.embedding[...]}
-        codes = self.decoder.codes if self.decoder is not None else self.head.codes if self.head is not None else None
-        return self.encoder(batch, rows, codes, bias["encoder"], key)
+        return self.encoder(batch, rows, self.codes, bias["encoder"], key)
 
-    def outputs(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None) -> Outputs:
-        """One pass through the encoder and every head that there is."""
+    @property
+    def codes(self) -> CodeEmbedding | None:
+        """The code embeddings, one table for all parts that read codes."""
+        return self.decoder.codes if self.decoder is not None else self.head.codes if self.head is not None else None
+
+    def item_logits(self, states_xD: Array, trie: DeviceTrie | None) -> Array:
+        """Those of a model with an item head, float32 [..., I]."""
+        assert self.head is not None
+        return (states_xD @ self.head.vectors(self.codes, trie).astype(states_xD.dtype).T).astype(jnp.float32)
+
+    def outputs(
+        self,
+        batch: Batch,
+        rows: dict[str, Array],
+        bias: dict[str, Array],
+        key: Array | None,
+        trie: DeviceTrie | None = None,
+    ) -> Outputs:
+        """One pass through the encoder and every head that there is; `trie` where item vectors hold codes."""
         context, load = self.encode(batch, rows, bias, key)
         loads = {"encoder": load, "decoder": bias["decoder"]}
         logits = states = items = None
@@ -55,16 +73,23 @@ class OneRec(nnx.Module):
             targets = jnp.where(valid[..., None], batch.targets, 0)
             logits, loads["decoder"] = self.decoder(context, targets, batch.visible, valid, bias["decoder"], key)
         if self.head is not None:
-            states, items = self.head.states(context, batch.visible), self.head.items.embedding[...]
+            states, items = self.head.states(context, batch.visible), self.head.vectors(self.codes, trie)
         return Outputs(logits, states, items, loads)
 
-    def __call__(self, batch: Batch, rows: dict[str, Array], bias: dict[str, Array], key: Array | None):
+    def __call__(
+        self,
+        batch: Batch,
+        rows: dict[str, Array],
+        bias: dict[str, Array],
+        key: Array | None,
+        trie: DeviceTrie | None = None,
+    ):
         """Teacher-forced logits per level (those of all items where there is no decoder), and the loads of both stacks."""
-        found = self.outputs(batch, rows, bias, key)
+        found = self.outputs(batch, rows, bias, key, trie)
         if found.logits is not None:
             return found.logits, found.loads
-        assert self.head is not None and found.states is not None
-        return (self.head.logits(found.states),), found.loads
+        assert found.states is not None
+        return (self.item_logits(found.states, trie),), found.loads
 
 
 @dataclasses.dataclass(frozen=True)

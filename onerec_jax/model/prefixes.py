@@ -16,7 +16,9 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.tokenizer.trie import Trie
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["child_start", "token"], meta_fields=["branching"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["child_start", "token", "item_codes"], meta_fields=["branching"]
+)
 @dataclasses.dataclass(frozen=True)
 class DeviceTrie:
     """The part of a trie that is walked from the root down (see `tokenizer.trie.Trie`)."""
@@ -24,17 +26,22 @@ class DeviceTrie:
     child_start: tuple[Array, ...]
     token: tuple[Array, ...]
     branching: tuple[int, ...]
+    item_codes: Array | None = None  # int32 [I,C], the semantic ID of every item
 
 
-def device_trie(trie: Trie) -> DeviceTrie:
+def device_trie(trie: Trie, config: ModelConfig) -> DeviceTrie:
+    """The trie, with the semantic IDs of all items where the model's item vectors hold them."""
     return DeviceTrie(
-        tuple(jnp.asarray(a) for a in trie.child_start), tuple(jnp.asarray(a) for a in trie.token), trie.branching
+        tuple(jnp.asarray(a) for a in trie.child_start),
+        tuple(jnp.asarray(a) for a in trie.token),
+        trie.branching,
+        jnp.asarray(trie.codes) if config.coded_items else None,
     )
 
 
-def legal_trie(config: ModelConfig, trie: Trie) -> DeviceTrie | None:
-    """The trie that the loss of this model needs: that of its semantic IDs with `model.softmax: legal`, else none."""
-    return device_trie(trie) if config.softmax == "legal" else None
+def training_trie(config: ModelConfig, trie: Trie) -> DeviceTrie | None:
+    """The trie where the loss of this model needs one: with `model.softmax: legal`, or codes in its item vectors."""
+    return device_trie(trie, config) if config.softmax == "legal" or config.coded_items else None
 
 
 def children(trie: DeviceTrie, level: int, node_x: Array) -> tuple[Array, Array, Array]:
@@ -61,7 +68,7 @@ def legal_log_probabilities(logits: tuple[Array, ...], codes_xC: Array, trie: De
 
     `codes` must be semantic IDs of the trie.
     """
-    node, found = jnp.zeros(codes_xC.shape[:-1], jnp.int32), []
+    node, found = jnp.zeros((), jnp.int32), []  # the root, whose codes are compared once for all
     for level, level_logits in enumerate(logits):
         child, token, exists = children(trie, level, node)
         found.append(legal_log_softmax(level_logits, token, exists))

@@ -39,6 +39,16 @@ class Trie:
         return cls(tuple(child_start), tuple(token), np.append(firsts[-1], count).astype(np.int32), order)
 
     @property
+    def codes(self) -> np.ndarray:
+        """The semantic ID of every item, int32 [I,C]."""
+        found = np.zeros((1, 0), np.int32)
+        for start, token in zip(self.child_start, self.token, strict=True):
+            found = np.concatenate([np.repeat(found, np.diff(start), axis=0), token[:, None]], axis=1)
+        codes = np.empty((len(self.items), self.levels), np.int32)
+        codes[self.items] = np.repeat(found, np.diff(self.item_start), axis=0)
+        return codes
+
+    @property
     def levels(self) -> int:
         return len(self.token)
 

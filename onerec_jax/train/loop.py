@@ -14,12 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from onerec_jax.config import Recipe
-from onerec_jax.data.pipeline import Pipeline, make_batch
+from onerec_jax.data.batch import TargetWeights, make_batch
+from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
-from onerec_jax.model.prefixes import DeviceTrie, legal_trie
+from onerec_jax.model.prefixes import DeviceTrie, training_trie
 from onerec_jax.parallel.mesh import check_batch, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -76,7 +77,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
             state = dataclasses.replace(state, **given)
     _write_config(run, recipe)
 
-    trie = legal_trie(recipe.model, ids.trie)
+    trie = training_trie(recipe.model, ids.trie)
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
     validate = _validation(model, dataset, ids, recipe, mesh, trie)
     log = MetricsLog(run, train.tensorboard)
@@ -153,7 +154,8 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
                 recipe.model,
                 examples[rows],
                 recipe.data.targets,
-                negative_weight=train.negative_weight,
+                TargetWeights(train.negative_weight, train.half_life_days),
+                frozen=dataset.frozen,
             )
             per_process = size // jax.process_count()
             first = jax.process_index() * per_process

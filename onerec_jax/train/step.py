@@ -48,12 +48,13 @@ def make_loss(
     """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, expert loads)."""
 
     def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None, trie: DeviceTrie | None = None):
+        legal = trie if model.config.softmax == "legal" else None
         if model.config.softmax == "legal" and trie is None:
             raise ValueError("model.softmax legal needs the trie of the semantic IDs")
-        found = model.bind(params).outputs(batch, rows, bias, key)
+        found = model.bind(params).outputs(batch, rows, bias, key, trie)
         total, metrics = jnp.zeros(()), {}
         if found.logits is not None:
-            total, metrics = next_token_loss(found.logits, batch.targets, batch.target_weight, smoothing, trie)
+            total, metrics = next_token_loss(found.logits, batch.targets, batch.target_weight, smoothing, legal)
         if found.states is not None and found.items is not None:
             sampling = None if key is None else jax.random.fold_in(key, 5)
             own, of_items = item_loss(
@@ -73,7 +74,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A pure function of (state, global batch, trie); jit it with the state donated.
 
-    The trie of the semantic IDs is needed where `model.softmax` is legal, else None.
+    The trie of the semantic IDs is that of `prefixes.training_trie`.
 
     The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches.
     """

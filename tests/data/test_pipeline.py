@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data import pipeline as pipeline_module
+from onerec_jax.data.batch import TargetWeights, make_batch
 from onerec_jax.data.lifelong import compress
-from onerec_jax.data.pipeline import Pipeline, make_batch
+from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.schema import ItemFeatures
 from onerec_jax.errors import InputError
 from onerec_jax.recipe import make_recipe
@@ -77,9 +78,9 @@ def check_pathway(dataset, codes, features, b, events, ages):
         np.testing.assert_allclose(row[:n], np.reshape(values, row[:n].shape), rtol=1e-6, err_msg=name)
 
 
-def check_batch(dataset, codes, model, examples, targets, negative_weight, frozen):
+def check_batch(dataset, codes, model, examples, targets, weights, frozen):
     """`make_batch` against the definitions, one example and one event at a time."""
-    batch = make_batch(dataset, codes, model, examples, targets, negative_weight, frozen=frozen)
+    batch = make_batch(dataset, codes, model, examples, targets, weights, frozen=frozen)
     for b, (user, cut, start, stop) in enumerate(examples.tolist()):
         events = plain_events(dataset, user)
         stop = min(stop, start + targets)
@@ -112,7 +113,10 @@ def check_batch(dataset, codes, model, examples, targets, negative_weight, froze
             target = events[start + t]
             assert batch.target_item[b, t] == target["item"]
             assert batch.targets[b, t].tolist() == codes[target["item"]].tolist()
-            assert batch.target_weight[b, t] == np.float32(1 if target["positive"] else negative_weight)
+            days = max(0, dataset.train_end_ms - target["timestamp_ms"]) / 86_400_000
+            halvings = days / weights.half_life_days if weights.half_life_days else 0
+            weight = (1 if target["positive"] else weights.negative) * 0.5**halvings
+            assert batch.target_weight[b, t] == pytest.approx(weight, rel=1e-6)
             assert batch.feedback[b, t].tolist() == target["feedback"].tolist()
             assert batch.playtime_s[b, t] == target["playtime_s"]
             earlier = sum(event["timestamp_ms"] < target["timestamp_ms"] for event in short)
@@ -161,7 +165,7 @@ def test_a_batch_holds_exactly_what_its_examples_may_see(logs, data):
         model,
         examples,
         data.draw(st.integers(1, 6)),
-        0.25,
+        TargetWeights(0.25, data.draw(st.sampled_from([0.0, 30 / 86_400_000]))),  # the log is 100 ms long
         frozen=data.draw(st.booleans()),
     )
 

@@ -154,6 +154,7 @@ def test_a_share_is_the_moment_that_share_of_all_events_precede(noise_tables, wr
     times = np.sort(tables.events["timestamp_ms"].to_numpy())
     assert dataset.card["split_moments_ms"] == {"valid_ms": times[140], "test_ms": times[180]}
     assert dataset.train_stops.sum() == 140
+    assert dataset.train_end_ms == times[139]
 
 
 def test_train_counts_are_events_of_train_alone(noise_tables, write):

@@ -94,6 +94,13 @@ def test_a_folder_without_dataset_says_which_command_makes_it(tmp_path):
         Dataset(tmp_path / "nowhere")
 
 
+def test_a_dataset_that_does_not_say_when_train_ends_says_how_to_get_it(noise_tables, write):
+    dataset = write(noise_tables())
+    del dataset.card["train_end_ms"]
+    with pytest.raises(InputError, match=r"does not say when train ends; make it anew with `onerec data RECIPE`"):
+        dataset.train_end_ms  # noqa: B018
+
+
 def damage_card(directory):
     (directory / "card.json").write_text("{")
 

@@ -81,7 +81,7 @@ def test_constrained_beams_equal_brute_force_over_the_catalogue(model: Model, tr
     batch = random_batch(model.config, VOCABULARY)
     distinct = np.unique(catalogue, axis=0)
     brute = _all_scores(model, batch, distinct)
-    beams = make_beam_search(model, 600)(*_parts(model), batch, device_trie(trie))
+    beams = make_beam_search(model, 600)(*_parts(model), batch, device_trie(trie, model.config))
     for b in range(len(brute)):
         order = np.argsort(-brute[b], kind="stable")
         found = np.asarray(beams.leaf[b])
@@ -98,7 +98,7 @@ def test_a_narrow_beam_equals_a_step_by_step_search_in_numpy(model: Model, trie:
     everything = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
     log_p = _all_scores(model, batch, everything).reshape(-1, *SIZES).astype(np.float64)
     legal = {tuple(row[:n]) for row in catalogue.tolist() for n in (1, 2, 3)}
-    beams = make_beam_search(model, width)(*_parts(model), batch, device_trie(trie))
+    beams = make_beam_search(model, width)(*_parts(model), batch, device_trie(trie, model.config))
     for b in range(len(log_p)):
         prefix = [np.log(np.exp(log_p[b]).sum((1, 2))), np.log(np.exp(log_p[b]).sum(2)), log_p[b]]
         kept: list[tuple[int, ...]] = [()]
@@ -116,7 +116,7 @@ def test_no_beam_of_a_hundred_thousand_is_illegal(model: Model, trie: Trie, cata
     for seed in range(4):
         params, tables = model.init(seed)
         rows = {name: t["rows"] for name, t in tables.items()}
-        beams = search(params, rows, model.init_bias(), batch, device_trie(trie))
+        beams = search(params, rows, model.init_bias(), batch, device_trie(trie, model.config))
         codes, leaf = np.asarray(beams.codes).reshape(-1, 3), np.asarray(beams.leaf).reshape(-1)
         assert (leaf >= 0).all()
         assert set(map(tuple, np.unique(codes, axis=0).tolist())) <= known
@@ -129,7 +129,7 @@ def test_free_beams_rank_every_combination(model: Model, trie: Trie):
     batch = random_batch(model.config, VOCABULARY)
     everything = np.array(list(itertools.product(*map(range, SIZES))), np.int32)
     brute = _all_scores(model, batch, everything)
-    beams = make_beam_search(model, len(everything), free=True)(*_parts(model), batch, device_trie(trie))
+    beams = make_beam_search(model, len(everything), free=True)(*_parts(model), batch, device_trie(trie, model.config))
     np.testing.assert_allclose(beams.score, -np.sort(-brute, axis=1), atol=1e-4)
 
 
@@ -145,7 +145,7 @@ def test_beams_of_a_legal_softmax_share_all_of_the_probability_among_items(trie:
             legal = np.unique(distinct[(distinct[:, :level] == codes[:level]).all(axis=1), level])
             x = np.asarray(logits[level][:, s], np.float64)
             brute[:, s] += x[:, codes[level]] - np.log(np.exp(x[:, legal]).sum(axis=1))
-    beams = make_beam_search(model, 600)(*_parts(model), batch, device_trie(trie))
+    beams = make_beam_search(model, 600)(*_parts(model), batch, device_trie(trie, model.config))
     assert (np.asarray(beams.leaf)[:, : len(distinct)] == np.argsort(-brute, axis=1, kind="stable")).all()
     np.testing.assert_allclose(beams.score[:, : len(distinct)], -np.sort(-brute, axis=1), atol=1e-4)
     np.testing.assert_allclose(np.exp(beams.score).sum(axis=1), 1.0, rtol=1e-4)

@@ -10,33 +10,75 @@ from tiny import ALONE, tiny_model
 
 from onerec_jax.data.pipeline import make_batch
 from onerec_jax.data.store import Dataset
+from onerec_jax.generate.beam import make_beam_search
 from onerec_jax.generate.recommender import Recommender, scores_of_items
 from onerec_jax.model.onerec import build
+from onerec_jax.model.prefixes import device_trie
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 
-@pytest.mark.parametrize(("inferences", "weight"), [(1, 0.0), (1, 2.5), (2, 1.0)])
-def test_beams_of_both_heads_are_ranked_by_both(tiny_recipe, inferences: int, weight: float):
+def both_heads(tiny_recipe, **evaluate) -> Recommender:
+    """A model with both heads and random parameters, large enough for distributions that are far from uniform."""
     dataset, ids = Dataset(tiny_recipe.dataset_directory), SemanticIds.load(tiny_recipe.tokenizer_directory)
     config = tiny_model(**ALONE, head="both", softmax="legal", causal=True)
-    settings = {"beam_width": ids.trie.leaves, "item_weight": weight, "inferences": inferences, "left_out": 0.0}
-    recipe = tiny_recipe.model_copy(
-        update={"model": config, "evaluate": tiny_recipe.evaluate.model_copy(update=settings)}
-    )
+    settings = tiny_recipe.evaluate.model_copy(update=evaluate)
+    recipe = tiny_recipe.model_copy(update={"model": config, "evaluate": settings})
     model = build(config, dataset.vocabulary(ids.codebook_sizes))
     params, tables = model.init(0)
     params["decoder"]["heads"] = jax.tree.map(lambda x: 5 * x, params["decoder"]["heads"])
     params["head"] = jax.tree.map(lambda x: 9 * x, params["head"])
     state = SimpleNamespace(params=params, tables=tables, bias=model.init_bias())
-    recommender = Recommender(Path(), recipe, dataset, ids, model, state)  # type: ignore[arg-type]
-    examples = np.asarray(dataset.examples("test")[:5])
-    k, everything = dataset.num_items, np.tile(np.arange(dataset.num_items), (5, 1))
-    found, scores = recommender.recommend(examples, None, k)
+    return Recommender(Path(), recipe, dataset, ids, model, state)  # type: ignore[arg-type]
 
-    batch = model.localise(make_batch(dataset, ids.codes, config, examples, 1, frozen=True), touched_only=False)[0]
-    outputs = model.bind(params).outputs(batch, recommender.rows, state.bias, None)
-    own = jax.nn.log_softmax(np.asarray(outputs.states[:, 0]) @ np.asarray(outputs.items).T)
-    expected = scores_of_items(recommender, examples, everything) + weight * np.asarray(own)
-    assert (np.sort(found, axis=1) == everything).all()
+
+def scores_by_both(recommender: Recommender, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log P of every item [N,I] by the item head, its vectors written out, and with that by codes added to it."""
+    dataset, ids, model = recommender.dataset, recommender.ids, recommender.model
+    batch = make_batch(dataset, ids.codes, model.config, examples, 1, frozen=True)
+    params, rows, bias = recommender.state.params, recommender.rows, recommender.state.bias
+    module = model.bind(params)
+    assert module.head is not None
+    context = module.encode(model.localise(batch, touched_only=False)[0], rows, bias, None)[0]
+    table, sizes = np.asarray(params["decoder"]["codes"]["embedding"]), ids.codebook_sizes
+    first = np.cumsum([0, *sizes[:-1]])
+    vectors = np.asarray(params["head"]["items"]["embedding"]) + table[ids.codes + first].sum(axis=1)
+    own = jax.nn.log_softmax(np.asarray(module.head.states(context, batch.visible)[:, 0]) @ vectors.T)
+    everything = np.tile(np.arange(dataset.num_items), (len(examples), 1))
+    weight = recommender.recipe.evaluate.item_weight
+    return np.array(own), scores_of_items(recommender, examples, everything) + weight * np.asarray(own)
+
+
+@pytest.mark.parametrize(("inferences", "weight"), [(1, 0.0), (1, 2.5), (2, 1.0)])
+def test_beams_of_both_heads_are_ranked_by_both(tiny_recipe, inferences: int, weight: float):
+    recommender = both_heads(tiny_recipe, beam_width=200, item_weight=weight, inferences=inferences, left_out=0.0)
+    examples = np.asarray(recommender.dataset.examples("test")[:5])
+    k = recommender.dataset.num_items
+    found, scores = recommender.recommend(examples, None, k)
+    expected = scores_by_both(recommender, examples)[1]
+    assert (np.sort(found, axis=1) == np.arange(k)).all()
     np.testing.assert_allclose(scores, np.take_along_axis(expected, found, axis=1), atol=1e-4)
     assert (np.diff(scores, axis=1) <= 1e-6).all()
+
+
+def test_narrow_beams_are_joined_by_the_best_items_of_the_other_head(tiny_recipe):
+    """Seen items left out; five requests in batches of two, so that the last one is padded."""
+    recommender = both_heads(tiny_recipe, beam_width=4, item_weight=1.5, batch_size=2)
+    examples, k = np.asarray(recommender.dataset.examples("test")[:5]), 6
+    seen = [recommender.dataset.history(user).item[:cut] for user, cut in examples[:, :2].tolist()]
+    ragged = np.concatenate(seen), np.cumsum([0, *map(len, seen)])
+    found, scores = recommender.recommend(examples, ragged, k)
+    own, both = scores_by_both(recommender, examples)
+    trie, config = recommender.ids.trie, recommender.model.config
+    batch = make_batch(recommender.dataset, recommender.ids.codes, config, examples, 1, frozen=True)
+    given = recommender.state.params, recommender.rows, recommender.state.bias
+    leaves = np.asarray(make_beam_search(recommender.model, 4)(*given, batch, device_trie(trie, config)).leaf)
+    joined = 0
+    for n in range(len(examples)):
+        by_codes = {int(item) for leaf in leaves[n] for item in trie.leaf_items(int(leaf))}
+        own[n, seen[n]] = -np.inf
+        by_items = set(np.argsort(-own[n], kind="stable")[:k].tolist())
+        candidates = sorted((by_codes | by_items) - set(seen[n].tolist()), key=lambda item: -both[n, item])
+        assert found[n].tolist() == candidates[:k]
+        np.testing.assert_allclose(scores[n], both[n, found[n]], atol=1e-4)
+        joined += len(by_items - by_codes)
+    assert joined

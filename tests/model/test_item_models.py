@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from pydantic import ValidationError
-from tiny import SHAPES, VOCABULARY, poison, random_batch, tiny_model
+from tiny import SHAPES, VOCABULARY, poison, random_batch, tiny_model, tiny_trie
 
 from onerec_jax.errors import InputError
 from onerec_jax.model.hstu import HSTUBlock
@@ -31,7 +31,9 @@ def _value(model: Model, sampled_items: int = 0):
     @jax.jit
     def value(params, rows, bias, batch):
         local, _ = model.localise(batch, touched_only=False)
-        return jax.value_and_grad(lambda p, r: loss(p, r, bias, local, None)[0], argnums=(0, 1))(params, rows)
+        return jax.value_and_grad(
+            lambda p, r: loss(p, r, bias, local, None, tiny_trie(model.config))[0], argnums=(0, 1)
+        )(params, rows)
 
     return value
 
@@ -69,7 +71,9 @@ def test_a_causal_encoder_hides_every_later_event(name: str):
 
     @jax.jit
     def logits(batch):
-        return model.bind(params)(model.localise(batch, touched_only=False)[0], rows, bias, None)[0]
+        return model.bind(params)(
+            model.localise(batch, touched_only=False)[0], rows, bias, None, tiny_trie(model.config)
+        )[0]
 
     for a, b in zip(logits(batch), logits(dataclasses.replace(batch, short=later)), strict=True):
         np.testing.assert_allclose(a[:, :4], b[:, :4], atol=1e-5)
@@ -135,7 +139,10 @@ def test_a_batch_without_room_that_nobody_needs_gives_the_same_logits(shape: dic
     batch = dataclasses.replace(batch, short=full, visible=np.minimum(batch.visible, fits))
     cut = dataclasses.replace(batch, short=jax.tree.map(lambda x: x[:, :fits], full))
     params, rows, bias = _parts(model)
-    logits = [model.bind(params)(model.localise(b, touched_only=False)[0], rows, bias, None)[0] for b in (batch, cut)]
+    logits = [
+        model.bind(params)(model.localise(b, touched_only=False)[0], rows, bias, None, tiny_trie(model.config))[0]
+        for b in (batch, cut)
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *logits)
 
 

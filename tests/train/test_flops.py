@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import jax
 import pytest
-from tiny import SHAPES, VOCABULARY, random_batch, tiny_model
+from tiny import SHAPES, VOCABULARY, random_batch, tiny_model, tiny_trie
 
 from onerec_jax.model.onerec import build
 from onerec_jax.train.flops import request_flops
@@ -24,7 +24,9 @@ def test_the_analytic_count_agrees_with_the_compilers_on_a_dense_model(shape: di
 
     def forward(params, tables, batch):
         rows = {name: t["rows"] for name, t in tables.items()}
-        return model.bind(params)(model.localise(batch, touched_only=False)[0], rows, model.init_bias(), None)[0]
+        return model.bind(params)(
+            model.localise(batch, touched_only=False)[0], rows, model.init_bias(), None, tiny_trie(config)
+        )[0]
 
     batch = random_batch(config, batch=4, targets=8)
     counted = jax.jit(forward).lower(params, tables, batch).compile().cost_analysis()["flops"] / 4

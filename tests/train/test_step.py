@@ -56,7 +56,7 @@ def test_a_softmax_over_legal_codes_knows_no_others():
     """Against the codes that share each prefix, written out; a missing target is of no item and changes nothing."""
     rng = np.random.default_rng(0)
     catalogue = np.unique(rng.integers(1, (5, 4, 6), (30, 3)), axis=0).astype(np.int32)
-    trie = device_trie(Trie.build(catalogue, np.zeros(len(catalogue))))
+    trie = device_trie(Trie.build(catalogue, np.zeros(len(catalogue))), tiny_model())
     logits = tuple(jnp.asarray(rng.normal(size=(2, 3, v)).astype(np.float32)) for v in (5, 4, 6))
     targets = catalogue[rng.integers(0, len(catalogue), (2, 3))]
     targets[1, 2] = 0

@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from onerec_jax.data.pipeline import Pipeline
-from onerec_jax.model.prefixes import legal_trie
+from onerec_jax.model.prefixes import training_trie
 from onerec_jax.recipe import load_recipe
 from onerec_jax.train.loop import load_inputs
 from onerec_jax.train.optimizer import make_optimizer
@@ -38,7 +38,7 @@ def main() -> None:
         dataset, ids, model = load_inputs(recipe)
         pipeline = Pipeline(dataset, ids.codes, recipe)
         batches = [pipeline.batch_at(step) for step in range(STEPS)]
-        trie = legal_trie(recipe.model, ids.trie)
+        trie = training_trie(recipe.model, ids.trie)
         optimizer = make_optimizer(recipe.train)
         step = jax.jit(make_train_step(model, recipe, optimizer), donate_argnums=0)
         runs[name] = step, batches, trie, init_state(model, optimizer, recipe.seed)

@@ -27,7 +27,7 @@ from onerec_jax.config import ModelConfig, Recipe
 from onerec_jax.data.schema import Batch, ItemFeatures, Vocabulary
 from onerec_jax.evaluate.board import load_board
 from onerec_jax.model.onerec import build
-from onerec_jax.model.prefixes import legal_trie
+from onerec_jax.model.prefixes import training_trie
 from onerec_jax.recipe import load_recipe
 from onerec_jax.tokenizer.trie import Trie
 from onerec_jax.train.optimizer import make_optimizer
@@ -74,7 +74,7 @@ def ours(recipe: Recipe, size: int, targets: int) -> Callable[[], None]:
     model, optimizer = build(config, vocabulary), make_optimizer(recipe.train)
     state = [init_state(model, optimizer, 0)]
     batch = jax.device_put(made_up_batch(size, targets, config.causal))
-    trie = legal_trie(config, Trie.build(made_up_codes(), np.zeros(ITEMS)))
+    trie = training_trie(config, Trie.build(made_up_codes(), np.zeros(ITEMS)))
     step = jax.jit(make_train_step(model, recipe, optimizer), donate_argnums=0).lower(state[0], batch, trie).compile()
 
     def run() -> None:
