@@ -3,8 +3,9 @@
     board = load_board("simulator")
     run_board(board)               # boards/simulator/board.md and board.html, rewritten after every result
 
-Every row is a recipe with overrides. A result is kept under the digest of its whole recipe, so that a board that was stopped
-goes on, and a changed row is run again and no other. Floors depend on no seed and are measured once.
+Every row is a recipe with overrides. A result is kept in `results/` under the digest of its whole recipe and the run that it is
+of in `runs/` under the digest of all but `evaluate`, so that a board that was stopped goes on, a changed row is run again and no
+other, and nothing is trained again for another evaluation. Floors depend on no seed and are measured once.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
     Args:
         board: what to compare.
         overrides: settings of all rows; those of a row win.
-        folder: where runs and IDs go; `boards/NAME` by default.
+        folder: where runs, results and IDs go; `boards/NAME` by default.
 
     Raises:
         InputError: an override that does not fit the recipe, or a row of another dataset or protocol.
@@ -89,9 +90,10 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             _check_comparable(row, recipe, shared)
             ids = _digest(recipe.tokenizer.model_dump(mode="json"), recipe.data.model_dump(mode="json"), seed)
             recipe = load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"])
-            name = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}_{recipe.digest()}"
-            recipe = recipe.model_copy(update={"name": name})
-            found.append(Job(row, seed, recipe, trained.setdefault(_training(recipe), recipe)))
+            name, trains = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}", _training(recipe)
+            run = trained.setdefault(trains, recipe.model_copy(update={"name": f"{name}_{trains}"}))
+            result = {"name": f"{name}_{recipe.digest()}", "runs": str(folder / "results")}
+            found.append(Job(row, seed, recipe.model_copy(update=result), run))
     return found
 
 

@@ -31,8 +31,8 @@ class Job:
 
     row: str
     seed: int
-    recipe: Recipe
-    training: Recipe  # of the run to evaluate: the same, or that of an earlier row which differs in `evaluate` alone
+    recipe: Recipe  # its run directory holds the result
+    training: Recipe  # of the run to evaluate: of this row, or of an earlier one which differs in `evaluate` alone
 
     @property
     def result(self) -> Path:

@@ -126,6 +126,11 @@ def test_rows_that_differ_in_evaluation_alone_share_a_run(recipe, trained, tmp_p
     board = Board(name="small", recipe=recipe, seeds=(0, 1), rows=rows)
     folder = run_board(board, folder=tmp_path / "board", only=only, report=lambda line: None)
     assert trained.count((48, 0)) == (1 if only else 2) and len({job.training.name for job in jobs(board)}) == 4
+    runs = {job.training.run_directory for job in jobs(board, folder=tmp_path / "board")}
+    otherwise = jobs(board, ["evaluate.free_examples=7"], folder=tmp_path / "board")
+    assert {job.training.run_directory for job in otherwise} == runs and not any(
+        job.result.exists() for job in otherwise
+    )
     table = (folder / "board.md").read_text()
     assert "0.1530" in line_of(table, "**wide**")
     assert ("0.0530" in line_of(table, "**plain**")) == (not only)
