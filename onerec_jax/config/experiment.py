@@ -41,8 +41,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _weighs_items(self) -> Recipe:
-        if self.model.head != "both" and (self.train.item_weight, self.evaluate.item_weight) != (1.0, 1.0):
-            raise ValueError("train.item_weight and evaluate.item_weight are of model.head both")
+        if self.model.head != "both" and self.train.item_weight != 1.0:
+            raise ValueError("train.item_weight is of model.head both")
         return self
 
     @model_validator(mode="after")
