@@ -185,6 +185,7 @@ FLIPS: dict[str, Flip] = {
     "train.table_rate": Flip(0.1, probe.step),
     "train.negative_weight": Flip(0.5, probe.batch),
     "train.half_life_days": Flip(1.0, probe.batch),
+    "train.half_life_from": Flip(0.5, probe.batch, {"train.half_life_days": 1.0}),
     "train.label_smoothing": Flip(0.1, probe.step),
     "train.sampled_items": Flip(5, probe.item_step, {"model.head": "items", "model.moe.experts": 0}),
     "train.item_weight": Flip(0.5, probe.item_step, BOTH_HEADS),

@@ -44,6 +44,13 @@ class TrainConfig(Section):
     half_life_days: float = setting(
         0.0, "targets weigh half as much for every so many days before the end of train, 0 = all alike", ge=0
     )
+    half_life_from: float = setting(
+        0.0,
+        "share of the steps after which half_life_days sets in: before, all of the log counts alike, so that the end of "
+        "training follows what is watched now without forgetting who watches what",
+        ge=0,
+        le=1,
+    )
     label_smoothing: float = setting(0.0, "mass spread over all codes of a level, or all items", ge=0, lt=1)
     sampled_items: int = setting(0, "items head: softmax against this many random items, 0 = against all", ge=0)
     item_weight: float = setting(1.0, "weight of the loss over items beside that over codes (model.head both)", ge=0)
@@ -63,12 +70,18 @@ class TrainConfig(Section):
     tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
     init_from: str | None = setting(None, "RUN or RUN@STEP whose parameters to start from")
 
+    def half_life_at(self, step: int) -> float:
+        """`half_life_days` from the step on where it sets in, 0 before."""
+        return self.half_life_days if step >= self.half_life_from * self.steps else 0.0
+
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
         if self.sampled_items and self.label_smoothing:
             raise ValueError("train.label_smoothing is over all items: it must be 0 where train.sampled_items is not")
         if list(self.length_buckets) != sorted({length for length in self.length_buckets if length > 0}):
             raise ValueError("train.length_buckets must be positive and grow")
+        if self.half_life_from and not self.half_life_days:
+            raise ValueError("train.half_life_from is when train.half_life_days sets in: it must be 0 where that is 0")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.batch_size {self.batch_size} does not divide into train.accumulation {self.accumulation} micro-batches"

@@ -175,7 +175,7 @@ class _Load:
             recipe.model.model_copy(update={"short_length": length}),
             self.dataset.examples(self.split)[chosen],
             recipe.data.targets,
-            TargetWeights(recipe.train.negative_weight, recipe.train.half_life_days),
+            TargetWeights(recipe.train.negative_weight, recipe.train.half_life_at(step)),
             frozen=self.split != "train" and self.dataset.frozen,
         )
         return _as_arrays(batch)

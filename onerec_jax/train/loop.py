@@ -154,7 +154,7 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
                 recipe.model,
                 examples[rows],
                 recipe.data.targets,
-                TargetWeights(train.negative_weight, train.half_life_days),
+                TargetWeights(train.negative_weight),
                 frozen=dataset.frozen,
             )
             per_process = size // jax.process_count()

@@ -192,6 +192,19 @@ def recipe(model=None, **train):
     )
 
 
+def test_old_targets_weigh_less_from_the_step_on_where_the_half_life_sets_in(logs):
+    dataset, half_life = logs(0), 30 / 86_400_000  # the log is 100 ms long
+    codes = codes_for(dataset)
+    alike = Pipeline(dataset, codes, recipe(steps=10))
+    aged = Pipeline(dataset, codes, recipe(steps=10, half_life_days=half_life))
+    late = Pipeline(dataset, codes, recipe(steps=10, half_life_days=half_life, half_life_from=0.8))
+    for step in (0, 7, 8, 12):
+        batches = arrays_of(late.batch_at(step)), arrays_of((aged if step >= 8 else alike).batch_at(step))
+        for name, array in batches[0].items():
+            np.testing.assert_array_equal(array, batches[1][name])
+    assert (aged.batch_at(0).target_weight < alike.batch_at(0).target_weight).any()
+
+
 def test_the_global_batch_is_the_same_for_one_two_and_four_processes(logs):
     dataset = logs(0)
     codes = codes_for(dataset)
