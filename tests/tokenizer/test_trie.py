@@ -48,6 +48,13 @@ def test_trie_unfolds_to_the_nested_dict_in_lexicographic_order(catalogue):
 
 
 @settings(max_examples=100, deadline=None)
+@given(catalogues())
+def test_a_trie_knows_the_codes_it_was_built_from(catalogue):
+    found = Trie.build(*catalogue).codes
+    assert found.dtype == np.int32 and found.tolist() == catalogue[0].tolist()
+
+
+@settings(max_examples=150, deadline=None)
 @given(catalogues(), st.lists(st.integers(-1, 5), min_size=4, max_size=4))
 def test_find_leads_to_the_items_of_a_prefix_or_nowhere(catalogue, query):
     codes, priority = catalogue
