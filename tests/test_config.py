@@ -87,6 +87,17 @@ def test_the_digest_changes_with_any_setting_and_with_nothing_else():
     changes = ([], ["seed=1"], ["train.b1=0.5"], ["evaluate.ks=[3]"], ["data.source.users=9"])
     assert len({load_recipe("quickstart", change).digest() for change in changes}) == len(changes)
     assert load_recipe("quickstart", ["train.b1=0.9"]).digest() == load_recipe("quickstart").digest()
+    kinds = {
+        load_recipe("quickstart", [f"tokenizer.quantizer.kind={kind}"]).digest() for kind in ("rq_vae", "random", "fsq")
+    }
+    assert len(kinds) == 3
+
+
+def test_a_digest_is_of_what_is_stated():
+    recipe = load_recipe("quickstart", ["tokenizer.quantizer.kind=rq_vae", "train.half_life_days=2"])
+    stated = recipe.stated()
+    assert stated["tokenizer"]["quantizer"]["kind"] == "rq_vae" and stated["train"]["half_life_days"] == 2
+    assert "half_life_from" not in stated["train"], "a setting that nobody gave changed the digest of every recipe"
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals

@@ -13,7 +13,7 @@ from onerec_jax.config.data import (
     SplitConfig,
 )
 from onerec_jax.config.evaluate import EvaluateConfig
-from onerec_jax.config.experiment import Recipe
+from onerec_jax.config.experiment import Recipe, digest_of
 from onerec_jax.config.model import ModelConfig, MoEConfig
 from onerec_jax.config.section import Section, setting
 from onerec_jax.config.tokenizer import (
@@ -55,5 +55,6 @@ __all__ = [
     "SplitConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "digest_of",
     "setting",
 ]

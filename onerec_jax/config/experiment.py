@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from pydantic import model_validator
@@ -72,5 +73,10 @@ class Recipe(Section):
         return buffer.getvalue()
 
     def digest(self) -> str:
-        """Twelve hex digits that change with any setting."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits that change with any setting; see `Section.stated`."""
+        return digest_of(self.stated())
+
+
+def digest_of(*values: Any) -> str:
+    """Twelve hex digits of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

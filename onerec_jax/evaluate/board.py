@@ -11,7 +11,6 @@ other, and nothing is trained again for another evaluation. Floors depend on no 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from onerec_jax.config import Recipe, Section, setting
+from onerec_jax.config import Recipe, Section, digest_of, setting
 from onerec_jax.data.prepare import prepare
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
@@ -88,7 +87,7 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             own += [f"data.directory={shared.dataset_directory}"]
             recipe = load_recipe(board.recipe, own)
             _check_comparable(row, recipe, shared)
-            ids = _digest(recipe.tokenizer.model_dump(mode="json"), recipe.data.model_dump(mode="json"), seed)
+            ids = digest_of(recipe.tokenizer.stated(), recipe.data.stated(), seed)
             recipe = load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"])
             name, trains = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}", _training(recipe)
             run = trained.setdefault(trains, recipe.model_copy(update={"name": f"{name}_{trains}"}))
@@ -112,12 +111,7 @@ def _check_comparable(row: str, recipe: Recipe, shared: Recipe) -> None:
 
 def _training(recipe: Recipe) -> str:
     """Equal for recipes that train the same model."""
-    values = recipe.model_dump(mode="json")
-    return _digest({name: value for name, value in values.items() if name not in ("name", "evaluate")})
-
-
-def _digest(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of({name: value for name, value in recipe.stated().items() if name not in ("name", "evaluate")})
 
 
 def run_board(
@@ -146,7 +140,7 @@ def run_board(
     dataset = Dataset(shared.dataset_directory)
     dataset.check_settings(shared.data, board.recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f"floors_{_digest(shared.evaluate.model_dump(mode='json'), dataset.card.get('content_hash'))}.json"
+    kept = folder / f"floors_{digest_of(shared.evaluate.stated(), dataset.card.get('content_hash'))}.json"
     if not kept.exists():
         report("floors")
         floors = evaluate_floors(dataset, shared)
