@@ -28,10 +28,11 @@ from onerec_jax.data.prepare import prepare, write_dataset
 from onerec_jax.data.schema import Tables
 from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
+from onerec_jax.data.train_log import train_log
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.evaluate.floors import fit_floor
-from onerec_jax.evaluate.requests import collect_requests, train_log
+from onerec_jax.evaluate.requests import collect_requests
 from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank

@@ -206,6 +206,8 @@ FLIPS: dict[str, Flip] = {
     "evaluate.item_weight": Flip(9.0, probe.lists, BOTH_HEADS),
     "evaluate.inferences": Flip(2, probe.lists, ITEM_HEAD),
     "evaluate.left_out": Flip(0.9, probe.lists, {**ITEM_HEAD, "evaluate.inferences": 2}),
+    "evaluate.label_shift_days": Flip(9.0, probe.lists, BOTH_HEADS),
+    "evaluate.label_shift_prior": Flip(1.0, probe.lists, {**BOTH_HEADS, "evaluate.label_shift_days": 9.0}),
     "evaluate.batch_size": Flip(10, probe.searches),
     "evaluate.max_examples": Flip(0, probe.board, BOARD),
     "evaluate.exclude_seen": Flip(False, probe.board, BOARD),

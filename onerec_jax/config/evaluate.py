@@ -29,6 +29,14 @@ class EvaluateConfig(Section):
     left_out: float = setting(
         0.2, "share of a context's events, the last never, that further inferences leave out at random", ge=0, lt=1
     )
+    label_shift_days: float = setting(
+        0.0,
+        "correct item scores to what was liked in this many last days of train, 0 = not (model.head items or both)",
+        ge=0,
+    )
+    label_shift_prior: float = setting(
+        5000.0, "events that the model's own distribution over items counts as beside those of label_shift_days", gt=0
+    )
     max_examples: int = setting(0, "evaluate a fixed random sample of this many examples, 0 = all", ge=0)
     exclude_seen: bool = setting(True, "leave out items the user met before the context's end")
     targets: Literal["positive", "all"] = setting("positive", "relevant items: positive events only, or every event")

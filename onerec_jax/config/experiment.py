@@ -47,6 +47,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _shifts_items(self) -> Recipe:
+        if self.model.head == "codes" and self.evaluate.label_shift_days:
+            raise ValueError("evaluate.label_shift_days corrects scores of items, which model.head codes does not have")
+        return self
+
+    @model_validator(mode="after")
     def _buckets(self) -> Recipe:
         if self.train.length_buckets and self.train.length_buckets[-1] >= self.model.short_length:
             raise ValueError(

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from onerec_jax.config import Recipe, SimulatorSource, Source
 from onerec_jax.data.store import Dataset
+from onerec_jax.data.train_log import train_log
 from onerec_jax.evaluate.floors import fit_floor
 from onerec_jax.evaluate.metrics import coverage, ranking_metrics, value
-from onerec_jax.evaluate.requests import Requests, collect_requests, train_log
+from onerec_jax.evaluate.requests import Requests, collect_requests
 from onerec_jax.generate.ranking import rank
 from onerec_jax.generate.recommender import Recommender, slice_ragged
 

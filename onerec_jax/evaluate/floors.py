@@ -8,7 +8,6 @@ Axis letters: N examples, I items, U users, E train events, k places of a list.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,25 +16,13 @@ import scipy.sparse
 from scipy.linalg import get_lapack_funcs
 
 from onerec_jax.config import EvaluateConfig
-from onerec_jax.data.schema import DAY_MS
+from onerec_jax.data.train_log import TrainLog
 from onerec_jax.evaluate.metrics import Ragged
 
 Scorer = Callable[[Ragged], np.ndarray]  # contexts, oldest event first -> scores float32 [N,I]
 
 MARKOV_GAPS = 5  # DESIGN 7: gaps 1-5, weight 1/gap
 MARKOV_CONTEXT = 10  # most recent events of a context the chain looks at
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainLog:
-    """The train part of a log, sorted by user, then time."""
-
-    user: np.ndarray  # int32 [E]
-    item: np.ndarray  # int32 [E]
-    timestamp_ms: np.ndarray  # int64 [E]
-    positive: np.ndarray  # bool [E]
-    num_users: int
-    num_items: int
 
 
 def fit_floor(name: str, log: TrainLog, config: EvaluateConfig) -> Scorer:
@@ -55,9 +42,7 @@ def popularity(log: TrainLog, config: EvaluateConfig) -> Scorer:
 
 def recent_popularity(log: TrainLog, config: EvaluateConfig) -> Scorer:
     """Positive events per item over the last `recent_days` before the latest event of train."""
-    start_ms = log.timestamp_ms.max(initial=0) - config.recent_days * DAY_MS
-    recent = log.positive & (log.timestamp_ms > start_ms)
-    return _constant(np.bincount(log.item[recent], minlength=log.num_items))
+    return _constant(log.recent_positives(config.recent_days))
 
 
 def markov(log: TrainLog, config: EvaluateConfig) -> Scorer:

@@ -9,7 +9,6 @@ import numpy as np
 from onerec_jax.config import Recipe
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
-from onerec_jax.evaluate.floors import TrainLog
 from onerec_jax.evaluate.metrics import Ragged
 
 
@@ -63,24 +62,3 @@ def collect_requests(dataset: Dataset, recipe: Recipe) -> Requests:
             "set evaluate.targets=all or change data.split"
         )
     return Requests(examples, _ragged(contexts), _ragged(relevants), np.asarray(times), examples[:, 0])
-
-
-def train_log(dataset: Dataset) -> TrainLog:
-    """The train part of every user's history, flat."""
-    users, items, times, positives = [], [], [], []
-    for first in range(0, dataset.num_users, 4096):
-        rows = np.arange(first, min(first + 4096, dataset.num_users))
-        for row, history in zip(rows.tolist(), dataset.histories(rows), strict=True):
-            stop = dataset.train_stop(row)
-            users.append(np.full(stop, row, np.int32))
-            items.append(history.item[:stop])
-            times.append(history.timestamp_ms[:stop])
-            positives.append(history.positive[:stop])
-    return TrainLog(
-        user=np.concatenate(users),
-        item=np.concatenate(items).astype(np.int32),
-        timestamp_ms=np.concatenate(times),
-        positive=np.concatenate(positives),
-        num_users=dataset.num_users,
-        num_items=dataset.num_items,
-    )

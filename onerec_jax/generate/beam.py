@@ -114,8 +114,7 @@ def make_beam_search(model: Model, width: int, *, free: bool = False) -> Callabl
         beams = _search(module, context, bias, None if free else trie, width)
         if free or module.head is None:
             return beams
-        logits = module.item_logits(module.head.states(context, batch.visible[:, :1]), trie)
-        return dataclasses.replace(beams, item_score=jax.nn.log_softmax(logits[:, 0]))
+        return dataclasses.replace(beams, item_score=model.item_scores(params, batch, context, trie))
 
     return search
 

@@ -15,8 +15,10 @@ from rich.progress import track
 from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import make_batch
 from onerec_jax.data.store import Dataset
+from onerec_jax.data.train_log import train_log
 from onerec_jax.generate.beam import Beams, make_beam_search, resolve_items
 from onerec_jax.generate.inferences import average_lists, leave_out
+from onerec_jax.generate.label_shift import label_shift, shifted
 from onerec_jax.generate.ranking import Ragged, rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
@@ -25,6 +27,8 @@ from onerec_jax.parallel.mesh import data_parallel, make_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.state import TrainState
+
+SHIFT_USERS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Recommender:
                 continue
             most = settings.beam_width * int(np.diff(self.ids.trie.item_start).max())
             found, score = resolve_items(self.ids.trie, leaf, score, max(k, most), exclude)
-            own = np.asarray(beams.item_score)[:count]
+            own = self._corrected(np.asarray(beams.item_score)[:count])
             other, other_score = self._best_items(batch, own, exclude, max(k, settings.beam_width))
             known = (other[:, :, None] == found[:, None, :]).any(axis=2)
             found = np.concatenate([found, np.where(known, -1, other)], axis=1)
@@ -158,14 +162,36 @@ class Recommender:
 
     @functools.cached_property
     def _score_all(self) -> Callable[..., jax.Array]:
-        """(params, rows, bias, batch, trie) -> log P of every item [B,I], by a model with only an item head."""
+        """(params, rows, bias, batch, trie) -> log P of every item [B,I] by the item head."""
 
         @jax.jit
         def score(params, rows, bias, batch: Batch, trie: DeviceTrie):
-            batch, _ = self.model.localise(batch, touched_only=False)
-            return jax.nn.log_softmax(self.model.bind(params)(batch, rows, bias, None, trie)[0][0][:, 0])
+            return self.model.item_scores(params, batch, self.model.encode(params, rows, bias, batch), trie)
 
         return score
+
+    def _corrected(self, log_p_BxI: np.ndarray) -> np.ndarray:
+        """The item head's log-probabilities, corrected where `evaluate.label_shift_days` asks for it."""
+        return log_p_BxI if self._shift is None else shifted(log_p_BxI, self._shift)
+
+    @functools.cached_property
+    def _shift(self) -> np.ndarray | None:
+        """What `label_shift` adds; the model's own frequencies are of `SHIFT_USERS` users as they are where train ends."""
+        settings = self.recipe.evaluate
+        if not settings.label_shift_days:
+            return None
+        users = self.dataset.num_users
+        chosen = np.sort(np.random.default_rng(0).permutation(users)[:SHIFT_USERS])
+        ends = np.array([self.dataset.train_stop(user) for user in chosen.tolist()], np.int64)
+        examples = np.stack([chosen, ends, ends, ends], axis=1)[ends > 0]
+        total = np.zeros(self.dataset.num_items)
+        for _, count, batch in self._batches(examples, settings.batch_size):
+            found = self._score_all(self.state.params, self.rows, self.state.bias, batch, self._trie)
+            total += np.exp(np.asarray(found)[:count], dtype=np.float64).sum(axis=0)
+        own = np.maximum(total / len(examples), np.finfo(np.float32).tiny)
+        return label_shift(
+            own, train_log(self.dataset).recent_positives(settings.label_shift_days), settings.label_shift_prior
+        )
 
     def _rank_all(
         self, examples: np.ndarray, seen: Ragged | None, k: int, progress: bool, inference: int
@@ -177,7 +203,7 @@ class Recommender:
             self._batches(examples, size, inference), "scoring", total, disable=not progress, transient=True
         ):
             given = (self.state.params, self.rows, self.state.bias, batch, self._trie)
-            found = np.asarray(self._score_all(*given))[:count]
+            found = self._corrected(np.asarray(self._score_all(*given))[:count])
             items.append(rank(found, slice_ragged(seen, slice(first, first + count)), k))
             best = np.take_along_axis(found, np.maximum(items[-1], 0), axis=1)
             scores.append(np.where(items[-1] < 0, -np.inf, best))

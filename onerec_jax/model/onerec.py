@@ -37,6 +37,7 @@ class OneRec(nnx.Module):
     """Encoder and decoder over shared code embeddings; or an encoder and a softmax over items; or both heads."""
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
+        self.causal = config.causal
         self.encoder = Encoder(config, vocabulary, rngs)
         self.decoder = Decoder(config, vocabulary, rngs) if config.head != "items" else None
         self.head = ItemHead(config, vocabulary, rngs) if config.head != "codes" else None
@@ -73,7 +74,8 @@ class OneRec(nnx.Module):
             targets = jnp.where(valid[..., None], batch.targets, 0)
             logits, loads["decoder"] = self.decoder(context, targets, batch.visible, valid, bias["decoder"], key)
         if self.head is not None:
-            states, items = self.head.states(context, batch.visible), self.head.vectors(self.codes, trie)
+            items = self.head.vectors(self.codes, trie)
+            states = self.head.states(context, batch.visible if self.causal else batch.visible[:, :1])
         return Outputs(logits, states, items, loads)
 
     def __call__(
@@ -89,7 +91,8 @@ class OneRec(nnx.Module):
         if found.logits is not None:
             return found.logits, found.loads
         assert found.states is not None
-        return (self.item_logits(found.states, trie),), found.loads
+        logits = self.item_logits(found.states, trie)
+        return (jnp.broadcast_to(logits, (*batch.target_item.shape, logits.shape[-1])),), found.loads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,13 @@ class Model:
         """Contexts in evaluation mode; `rows` are whole tables."""
         batch, _ = self.localise(batch, touched_only=False)
         return self.bind(params).encode(batch, rows, bias, None)[0]
+
+    def item_scores(self, params: Any, batch: Batch, context: Context, trie: DeviceTrie | None) -> Array:
+        """log P of every item [B,I] by the item head, from contexts of `encode`."""
+        module = self.bind(params)
+        assert module.head is not None
+        states = module.head.states(context, batch.visible[:, :1])
+        return jax.nn.log_softmax(module.item_logits(states, trie)[:, 0])
 
     def init(self, seed: int) -> tuple[Any, dict[str, dict[str, Array]]]:
         """Fresh parameters (plain nested dict, float32) and id tables."""

@@ -92,7 +92,8 @@ def request_flops(
         attention = n * 2 * 4 * d * width + 2 * 2 * n * n * width
         in_encoder = config.moe.location == "both"
         encoder = config.encoder_layers * attention + n * _ffn(config, in_encoder, config.encoder_layers)
-    over_items = targets * 2 * d * (sampled_items or vocabulary.items) if config.head != "codes" else 0.0
+    states = targets if config.causal or sampled_items else min(1.0, targets)  # else all targets share one
+    over_items = states * 2 * d * (sampled_items or vocabulary.items) if config.head != "codes" else 0.0
     if config.head == "items":
         return Flops(pathways, compressor, encoder, 0.0, over_items)
     tokens = targets * levels

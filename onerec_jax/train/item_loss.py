@@ -1,6 +1,6 @@
 """Softmax over items: against all of them without ever holding all logits, or against a random sample.
 
-Axis letters: N targets, D width, I items, S sampled items.
+Axis letters: N states, T targets of a state, D width, I items, S sampled items.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK = 256
 
 
 def item_loss(
-    states_BxTxD: Array,
+    states_BxKxD: Array,
     items_IxD: Array,
     target_BxT: Array,
     weight_BxT: Array,
@@ -28,17 +28,20 @@ def item_loss(
 ) -> tuple[Array, Metrics]:
     """-log P(item) of every target; the sum over targets of weight * loss, and metrics as (sum, weight) pairs.
 
+    A target has a state of its own (K = T), or all targets of a row share one (K = 1), which costs a T-th.
     With a key and `sampled_items` the softmax is over the target and that many items drawn at random, the same for the
     whole batch (see `sampled_softmax`); else over all items, with `smoothing` of the mass spread over them.
     """
-    states = states_BxTxD.reshape(-1, states_BxTxD.shape[-1])
-    weight = weight_BxT.reshape(-1)
-    target = jnp.where(weight > 0, target_BxT.reshape(-1), 0)
-    weights = jnp.sum(weight)
+    target = jnp.where(weight_BxT > 0, target_BxT, 0)
+    weights = jnp.sum(weight_BxT)
     if sampled_items and key is not None:
-        total = sampled_softmax(states, items_IxD, target, weight, sampled_items, key)
+        states = jnp.broadcast_to(states_BxKxD, (*target.shape, states_BxKxD.shape[-1]))
+        flat = states.reshape(-1, states.shape[-1]), items_IxD, target.reshape(-1), weight_BxT.reshape(-1)
+        total = sampled_softmax(*flat, sampled_items, key)
         return total, {"loss": (total, weights)}
-    sums: Any = full_softmax(states, items_IxD, target, weight, smoothing)
+    states = states_BxKxD.reshape(-1, states_BxKxD.shape[-1])
+    per_state = (len(states), target.size // len(states))
+    sums: Any = full_softmax(states, items_IxD, target.reshape(per_state), weight_BxT.reshape(per_state), smoothing)
     total, cross_entropy, correct = sums
     return total, {"loss": (total, weights), "loss/item": (cross_entropy, weights), "accuracy/item": (correct, weights)}
 
@@ -62,14 +65,14 @@ def sampled_softmax(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def full_softmax(
-    states_NxD: Array, items_IxD: Array, target_N: Array, weight_N: Array, smoothing: float
+    states_NxD: Array, items_IxD: Array, target_NxT: Array, weight_NxT: Array, smoothing: float
 ) -> tuple[Array, Array, Array]:
     """Sums of weight * loss (differentiable), of weight * cross-entropy and of weight * (top-1 is right).
 
-    Targets are taken in chunks, those with weight first, and chunks without weight cost nothing. A loss is the end of the
-    forward pass, so its gradients are made with it: three products per chunk, and no logits are kept.
+    States are taken in chunks, those with a weighted target first, and chunks without any cost nothing. A loss is the end of
+    the forward pass, so its gradients are made with it: three products per chunk, and no logits are kept.
     """
-    return _chunks(states_NxD, items_IxD, target_N, weight_N, smoothing, gradients=False)[0]
+    return _chunks(states_NxD, items_IxD, target_NxT, weight_NxT, smoothing, gradients=False)[0]
 
 
 def _forward(states: Array, items: Array, target: Array, weight: Array, smoothing: float):
@@ -86,34 +89,35 @@ full_softmax.defvjp(_forward, _backward)
 
 
 def _chunks(
-    states_NxD: Array, items_IxD: Array, target_N: Array, weight_N: Array, smoothing: float, *, gradients: bool
+    states_NxD: Array, items_IxD: Array, target_NxT: Array, weight_NxT: Array, smoothing: float, *, gradients: bool
 ):
-    states_NxD, items_IxD, target_N, weight_N = map(jnp.asarray, (states_NxD, items_IxD, target_N, weight_N))
-    n, rows = len(target_N), items_IxD.shape[0]
+    states_NxD, items_IxD, target_NxT, weight_NxT = map(jnp.asarray, (states_NxD, items_IxD, target_NxT, weight_NxT))
+    n, rows = len(states_NxD), items_IxD.shape[0]
     size = min(CHUNK, n)
-    order = jnp.argsort(weight_N <= 0, stable=True)
+    order = jnp.argsort(jnp.all(weight_NxT <= 0, axis=1), stable=True)
     order = jnp.concatenate([order, jnp.zeros(-n % size, order.dtype)])
-    weighted = jnp.where(jnp.arange(len(order)) < n, weight_N[order], 0.0)
+    weighted = jnp.where(jnp.arange(len(order))[:, None] < n, weight_NxT[order], 0.0)
     table = items_IxD.astype(states_NxD.dtype)
 
     def chunk(total: Any, index: Array, weight: Array):
-        h, y = states_NxD[index], target_N[index]
+        h, y = states_NxD[index], target_NxT[index]
         logits = (h @ table.T).astype(jnp.float32)
-        top = jnp.max(logits, axis=-1)
-        exponent = jnp.exp(logits - top[:, None])
-        norm = jnp.sum(exponent, axis=-1)
-        own = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exponent = jnp.exp(logits - top)
+        norm = jnp.sum(exponent, axis=-1, keepdims=True)
+        own = jnp.take_along_axis(logits, y, axis=-1)
         cross_entropy = top + jnp.log(norm) - own
         loss = cross_entropy
         if smoothing:
-            loss = loss + smoothing * (own - jnp.mean(logits, axis=-1))
+            loss = loss + smoothing * (own - jnp.mean(logits, axis=-1, keepdims=True))
         sums = jnp.stack([jnp.sum(weight * x) for x in (loss, cross_entropy, own >= top)])
         if not gradients:
             return (total[0] + sums,), jnp.zeros((0, h.shape[1]), h.dtype)
-        error = exponent * (weight / norm)[:, None]
+        weights = jnp.sum(weight, axis=1, keepdims=True)
+        error = exponent * (weights / norm)
         if smoothing:
-            error = error - weight[:, None] * (smoothing / rows)
-        error = error.at[jnp.arange(size), y].add(-weight * (1 - smoothing)).astype(h.dtype)
+            error = error - weights * (smoothing / rows)
+        error = error.at[jnp.arange(size)[:, None], y].add(-weight * (1 - smoothing)).astype(h.dtype)
         return (total[0] + sums, total[1] + (error.T @ h).astype(jnp.float32)), error @ table
 
     def nothing(total: Any, index: Array, weight: Array):
@@ -123,7 +127,8 @@ def _chunks(
         return jax.lax.cond(jnp.any(part[1] > 0), chunk, nothing, total, *part)
 
     start: Any = (jnp.zeros(3), jnp.zeros(items_IxD.shape)) if gradients else (jnp.zeros(3),)
-    total, by_chunk = jax.lax.scan(step, start, (order.reshape(-1, size), weighted.reshape(-1, size)))
+    parts = order.reshape(-1, size), weighted.reshape(-1, size, weighted.shape[1])
+    total, by_chunk = jax.lax.scan(step, start, parts)
     sums = (total[0][0], total[0][1], total[0][2])
     if not gradients:
         return sums, None

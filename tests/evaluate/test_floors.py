@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_jax.config import EvaluateConfig
+from onerec_jax.data.train_log import TrainLog
 from onerec_jax.evaluate import floors
 from onerec_jax.generate.ranking import rank
 
@@ -29,7 +30,7 @@ def random_log(seed):
     sequences = [list(rng.integers(0, ITEMS - 1, rng.integers(1, 15))) for _ in range(USERS - 1)] + [[]]
     user = np.repeat(np.arange(USERS), [len(s) for s in sequences])
     timestamp_ms = np.concatenate([np.sort(rng.integers(0, 5 * floors.DAY_MS, len(s))) for s in sequences])
-    log = floors.TrainLog(
+    log = TrainLog(
         user=user.astype(np.int32),
         item=ragged(sequences)[0],
         timestamp_ms=timestamp_ms.astype(np.int64),
@@ -142,14 +143,12 @@ def test_ease_with_no_decay_reads_a_binary_context():
 
 @pytest.mark.parametrize("name", sorted(floors.FLOORS))
 def test_floors_survive_a_train_part_of_one_event(name):
-    log = floors.TrainLog(
-        np.array([0], np.int32), np.array([1], np.int32), np.array([5], np.int64), np.array([True]), 1, 3
-    )
+    log = TrainLog(np.array([0], np.int32), np.array([1], np.int32), np.array([5], np.int64), np.array([True]), 1, 3)
     assert np.isfinite(scores_of(name, log, [[], [0, 1]])).all()
 
 
 def test_hand_computed_chain():
-    log = floors.TrainLog(np.zeros(3, np.int32), np.array([0, 1, 2], np.int32), np.arange(3), np.ones(3, bool), 1, 3)
+    log = TrainLog(np.zeros(3, np.int32), np.array([0, 1, 2], np.int32), np.arange(3), np.ones(3, bool), 1, 3)
     np.testing.assert_allclose(scores_of("markov", log, [[0]])[0], [0, 2 / 3, 1 / 3], rtol=1e-6)
 
 

@@ -82,3 +82,26 @@ def test_narrow_beams_are_joined_by_the_best_items_of_the_other_head(tiny_recipe
         np.testing.assert_allclose(scores[n], both[n, found[n]], atol=1e-4)
         joined += len(by_items - by_codes)
     assert joined
+
+
+def test_lists_are_corrected_to_what_was_liked_of_late(tiny_recipe):
+    """Every item a candidate; the model's own frequencies counted from the ends of all users' train parts."""
+    recommender = both_heads(tiny_recipe, beam_width=200, item_weight=2.0, label_shift_days=3.0, label_shift_prior=7.0)
+    dataset = recommender.dataset
+    stops = np.array([dataset.train_stop(user) for user in range(dataset.num_users)])
+    ends = np.stack([np.arange(dataset.num_users), stops, stops, stops], axis=1)[stops > 0]
+    frequency = np.exp(scores_by_both(recommender, ends)[0]).mean(axis=0)
+    histories = [dataset.history(user) for user in range(dataset.num_users)]
+    last = max(h.timestamp_ms[:stop].max(initial=0) for h, stop in zip(histories, stops, strict=True))
+    liked = np.zeros(dataset.num_items)
+    for history, stop in zip(histories, stops, strict=True):
+        for item, time, positive in zip(history.item[:stop], history.timestamp_ms, history.positive, strict=False):
+            liked[item] += bool(positive) and time > last - 3 * 86_400_000
+    assert 0 < liked.sum() < sum(h.positive[:stop].sum() for h, stop in zip(histories, stops, strict=True))
+    examples = np.asarray(dataset.examples("test")[:5])
+    own, both = scores_by_both(recommender, examples)
+    moved = own + np.log((liked + 7 * frequency) / frequency)
+    expected = both + 2.0 * (np.asarray(jax.nn.log_softmax(moved)) - own)
+    found, scores = recommender.recommend(examples, None, dataset.num_items)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, found, axis=1), atol=2e-4)
+    assert (np.diff(scores, axis=1) <= 1e-6).all()
