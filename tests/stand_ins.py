@@ -35,7 +35,7 @@ def linear_model(config: ModelConfig, vocabulary: Vocabulary) -> Any:
         return params, {"author": {"rows": rows, "accumulator": jnp.zeros(len(rows))}}
 
     def bind(params):
-        def forward(batch, rows, bias, key, trie):
+        def forward(batch, rows, bias, key, trie, decoded):
             micro_batches.add(batch.user.shape[0])
             logits = rows["author"][batch.user[:, 0] % vocabulary.authors] @ params["heads"]["0"]["kernel"]
             load = jnp.arange(1.0, 1 + experts)[None, :]

@@ -31,6 +31,8 @@ SHAPES = {
     "HSTU": {**ALONE, "head": "items", "causal": True, "block": "hstu"},
     "OneRec on HSTU": {**ALONE, "block": "hstu"},
     "OneRec with both heads": {**ALONE, "head": "both", "causal": True},
+    "OneRec with a memory": {**ALONE, "head": "both", "item_input": "both", "item_memory": 5},
+    "SASRec with a memory": {**PLAIN, "head": "items", "causal": True, "item_memory": 5},
     "TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head_dim": 12},
     "causal TIGER": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "causal": True},
     "HSTU of codes": {**PLAIN, "item_input": "sid", "event_tokens": "codes", "head": "items", "block": "hstu"},

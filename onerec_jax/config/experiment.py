@@ -44,12 +44,23 @@ class Recipe(Section):
     def _weighs_items(self) -> Recipe:
         if self.model.head != "both" and self.train.item_weight != 1.0:
             raise ValueError("train.item_weight is of model.head both")
+        if self.model.head != "both" and self.train.code_targets:
+            raise ValueError("train.code_targets is of model.head both: with one head all targets are its own")
         return self
 
     @model_validator(mode="after")
     def _shifts_items(self) -> Recipe:
         if self.model.head == "codes" and self.evaluate.label_shift_days:
             raise ValueError("evaluate.label_shift_days corrects scores of items, which model.head codes does not have")
+        return self
+
+    @model_validator(mode="after")
+    def _masks(self) -> Recipe:
+        if self.train.masked_share and (self.model.causal or self.model.lifelong_length):
+            raise ValueError(
+                "train.masked_share needs model.causal false and model.lifelong_length 0: order and clusters of a history "
+                "would tell what was taken out of it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -55,6 +55,11 @@ class ModelConfig(Section):
     project_events: bool = setting(
         True, "pathway MLPs between event and encoder; false: the item's embedding enters as it is (SASRec, TIGER)"
     )
+    item_memory: int = setting(
+        0,
+        "rank of a linear memory beside the item head, in which what follows from each event of `short` adds up; 0 = none",
+        ge=0,
+    )
     short_length: int = setting(20, "L_s, most recent events", ge=0)
     positive_length: int = setting(0, "L_p, most recent positive events; 0 = no such pathway", ge=0)
     lifelong_length: int = setting(0, "L_l, lifelong clusters; 0 = no such pathway", ge=0)
@@ -126,6 +131,8 @@ class ModelConfig(Section):
             )
         if self.head == "items" and self.softmax == "legal":
             raise ValueError("model.softmax legal is of the codes of a semantic ID: model.head items predicts none")
+        if self.head == "codes" and self.item_memory:
+            raise ValueError("model.item_memory is of the item head: model.head must be items or both")
         if self.head != "codes" and self.item_rows:
             raise ValueError(f"model.head {self.head} has one vector per item: model.item_rows must be 0")
         if self.moe.experts and self.moe.active > self.moe.experts:

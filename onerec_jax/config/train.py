@@ -51,6 +51,18 @@ class TrainConfig(Section):
         ge=0,
         le=1,
     )
+    masked_share: float = setting(
+        0.0,
+        "targets are this share of a user's events, taken out at random and anew at every step, instead of those that follow "
+        "a cut; 0 = off. For an encoder that is not causal, where a set of items is asked for and not the next one",
+        ge=0,
+        lt=1,
+    )
+    code_targets: int = setting(
+        0,
+        "targets of a request, the first ones, whose codes are learnt beside all their items; 0 = all (model.head both)",
+        ge=0,
+    )
     label_smoothing: float = setting(0.0, "mass spread over all codes of a level, or all items", ge=0, lt=1)
     sampled_items: int = setting(0, "items head: softmax against this many random items, 0 = against all", ge=0)
     item_weight: float = setting(1.0, "weight of the loss over items beside that over codes (model.head both)", ge=0)

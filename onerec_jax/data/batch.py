@@ -84,10 +84,63 @@ def make_batch(
         ]
         rolling = model.causal and not frozen
         _fill_contexts(batch, group, dataset, codes, model, histories, spans)
-        _fill_targets(batch, group, dataset, codes, histories, spans, weights)
+        targets_of = [history.rows[span.start : span.stop] for history, span in zip(histories, spans, strict=True)]
+        _fill_targets(batch, group, dataset, codes, targets_of, weights)
         batch.visible[group] = [
             _visible(history, span, targets, rolling) for history, span in zip(histories, spans, strict=True)
         ]
+    return batch
+
+
+def make_masked_batch(
+    dataset: Dataset,
+    codes: np.ndarray,
+    model: ModelConfig,
+    users: np.ndarray,
+    targets: int,
+    share: float,
+    random: np.ndarray,
+    weights: TargetWeights = ALIKE,
+) -> Batch:
+    """Requests whose targets are events taken out of the context at random, wherever in it they were.
+
+    Of a user's train part a random window is read, `share` of its events is taken out, and `targets` of those at most, in
+    random order, are to be predicted from what is left. The request is made when the window ends. For an encoder that is not
+    causal: a set is predicted from a set.
+
+    Args:
+        dataset: where the histories are; `users` int64 [B] have two events of train or more each.
+        codes: semantic ID of each item, int32 [I,C].
+        model: lengths of the pathways; none of it is lifelong.
+        targets: T.
+        share: how much of a window is taken out, above 0 and below 1; one event at least is, and one stays.
+        random: uniform numbers in [0, 1), float64 [B, 1 + events of a window].
+        weights: what makes `target_weight`.
+    """
+    batch = _unfilled_batch(dataset, codes.shape[1], model, len(users), targets)
+    batch.user[:, 0], batch.user[:, 1:] = users, dataset.user_features[users]
+    for first in range(0, len(users), _GROUP):
+        group = slice(first, first + _GROUP)
+        kept, taken, request_ms = [], [], []
+        for user, history, draw in zip(
+            users[group].tolist(), dataset.histories(users[group]), random[group], strict=True
+        ):
+            size = dataset.train_stop(user)
+            window = min(size, len(draw) - 1)
+            begin = int(draw[0] * (size - window + 1))
+            out = np.argsort(draw[1 : 1 + window], kind="stable")[: min(window - 1, max(1, round(share * window)))]
+            stays = np.delete(np.arange(window), out)
+            rows = history.rows[begin : begin + window]
+            kept.append(rows[stays][-model.short_length :])
+            taken.append(rows[out[:targets]])
+            request_ms.append(int(history.timestamp_ms[begin + window - 1]))
+        requests = np.array(request_ms)
+        _fill_pathway(batch.short, group, dataset, codes, kept, requests)
+        if model.positive_length:
+            positive = [rows[rows.view(EVENT)["positive"]][-model.positive_length :] for rows in kept]
+            _fill_pathway(batch.positive, group, dataset, codes, positive, requests)
+        _fill_targets(batch, group, dataset, codes, taken, weights)
+        batch.visible[group] = np.array([len(rows) for rows in kept])[:, None]
     return batch
 
 
@@ -234,11 +287,10 @@ def _fill_targets(
     group: slice,
     dataset: Dataset,
     codes: np.ndarray,
-    histories: list[History],
-    spans: list[_Span],
+    runs: list[np.ndarray],
     weights: TargetWeights,
 ) -> None:
-    runs = [history.rows[span.start : span.stop] for history, span in zip(histories, spans, strict=True)]
+    """Fills the rows `group` of all that is told of targets from their events `ROW` [n], one run per example."""
     filled = np.arange(batch.targets.shape[1]) < np.array([len(run) for run in runs])[:, None]
     events = np.concatenate(runs).view(EVENT)
     _put(batch.targets[group], codes.take(events["item"], axis=0, mode="clip"), filled)

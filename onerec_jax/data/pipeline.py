@@ -5,6 +5,8 @@ step s takes numbers `[s * batch_size, (s + 1) * batch_size)` of that order, and
 share of them. With `train.length_buckets` the numbers of `_POOL` steps are first sorted by the length of their windows,
 so that a step's requests are of like length; all of them are still taken once per epoch. Grain then runs this pure
 function of the step ahead of the training loop, in threads or processes. The position is the step alone.
+
+With `train.masked_share` an example of train is a user, and which events are its targets is drawn anew at every step.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from onerec_jax.config import Recipe
-from onerec_jax.data.batch import TargetWeights, make_batch, window_lengths
+from onerec_jax.data.batch import TargetWeights, make_batch, make_masked_batch, window_lengths
 from onerec_jax.data.schema import Batch, ItemFeatures
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
@@ -65,6 +67,10 @@ class Pipeline:
         import grain  # Imports jax, which processes that only prepare data do not need.
 
         examples = dataset.examples(split)
+        if recipe.train.masked_share and split == "train":
+            users = np.flatnonzero(dataset.train_stops >= 2)
+            ends = dataset.train_stops[users]
+            examples = np.stack([users, ends, ends, ends], axis=1)
         order = _Order(
             grain.MapDataset.range(len(examples)).shuffle(seed=recipe.seed % 2**32).repeat(),
             window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen)
@@ -76,7 +82,7 @@ class Pipeline:
         )
         rows = recipe.train.batch_size // process_count
         self._grain = grain
-        self._load = _Load(dataset, codes, recipe, split, order, process_index * rows, rows)
+        self._load = _Load(dataset, codes, recipe, split, examples, order, process_index * rows, rows)
         self._train = recipe.train
         self._step = 0
         self._iterator: Any = None
@@ -161,6 +167,7 @@ class _Load:
     codes: np.ndarray
     recipe: Recipe
     split: str
+    examples: np.ndarray
     order: _Order
     first: int
     rows: int
@@ -168,16 +175,19 @@ class _Load:
     def __call__(self, step: int) -> dict[str, Any]:
         recipe = self.recipe
         numbers, length = self.order(step)
-        chosen = numbers[self.first : self.first + self.rows]
-        batch = make_batch(
-            self.dataset,
-            self.codes,
-            recipe.model.model_copy(update={"short_length": length}),
-            self.dataset.examples(self.split)[chosen],
-            recipe.data.targets,
-            TargetWeights(recipe.train.negative_weight, recipe.train.half_life_at(step)),
-            frozen=self.split != "train" and self.dataset.frozen,
-        )
+        mine = slice(self.first, self.first + self.rows)
+        chosen, train = self.examples[numbers[mine]], recipe.train
+        model = recipe.model.model_copy(update={"short_length": length})
+        weights = TargetWeights(train.negative_weight, train.half_life_at(step))
+        given = self.dataset, self.codes, model
+        if train.masked_share and self.split == "train":
+            shape = train.batch_size, 1 + recipe.model.short_length  # of all processes, whose number must not matter
+            random = np.random.default_rng((recipe.seed, step)).random(shape)[mine]
+            users = chosen[:, 0]
+            batch = make_masked_batch(*given, users, recipe.data.targets, train.masked_share, random, weights)
+        else:
+            frozen = self.split != "train" and self.dataset.frozen
+            batch = make_batch(*given, chosen, recipe.data.targets, weights, frozen=frozen)
         return _as_arrays(batch)
 
 

@@ -64,18 +64,23 @@ class OneRec(nnx.Module):
         bias: dict[str, Array],
         key: Array | None,
         trie: DeviceTrie | None = None,
+        decoded: slice = slice(None),
     ) -> Outputs:
-        """One pass through the encoder and every head that there is; `trie` where item vectors hold codes."""
+        """One pass through the encoder and every head that there is; `trie` where item vectors hold codes.
+
+        Only the targets of a request that `decoded` names go through the decoder.
+        """
         context, load = self.encode(batch, rows, bias, key)
         loads = {"encoder": load, "decoder": bias["decoder"]}
         logits = states = items = None
         if self.decoder is not None:
-            valid = batch.target_weight > 0
-            targets = jnp.where(valid[..., None], batch.targets, 0)
-            logits, loads["decoder"] = self.decoder(context, targets, batch.visible, valid, bias["decoder"], key)
+            valid = batch.target_weight[:, decoded] > 0
+            targets = jnp.where(valid[..., None], batch.targets[:, decoded], 0)
+            visible = batch.visible[:, decoded]
+            logits, loads["decoder"] = self.decoder(context, targets, visible, valid, bias["decoder"], key)
         if self.head is not None:
             items = self.head.vectors(self.codes, trie)
-            states = self.head.states(context, batch.visible if self.causal else batch.visible[:, :1])
+            states = self.head.states(context, batch.short.item, batch.visible if self.causal else batch.visible[:, :1])
         return Outputs(logits, states, items, loads)
 
     def __call__(
@@ -124,7 +129,7 @@ class Model:
         """log P of every item [B,I] by the item head, from contexts of `encode`."""
         module = self.bind(params)
         assert module.head is not None
-        states = module.head.states(context, batch.visible[:, :1])
+        states = module.head.states(context, batch.short.item, batch.visible[:, :1])
         return jax.nn.log_softmax(module.item_logits(states, trie)[:, 0])
 
     def init(self, seed: int) -> tuple[Any, dict[str, dict[str, Array]]]:
@@ -177,7 +182,7 @@ def count_parameters(model: Model) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract):
         names = [str(getattr(k, "key", k)) for k in path]
         size = math.prod(leaf.shape)
-        if "items" in names:
+        if any(n in ("items", "memory_in", "memory_out") for n in names):
             totals["tables"] += size
         elif any(n in ("codes", "heads") for n in names):
             totals["codes"] += size

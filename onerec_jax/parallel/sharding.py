@@ -27,7 +27,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"moe/(gate|up)", ("expert", "embed", "hidden")),
     (r"moe/down", ("expert", "hidden", "embed")),
     (r"moe/router", ("embed", None)),
-    (r"(codes|items)/embedding", ("codes", "embed")),
+    (r"(codes|items|memory_in|memory_out)/embedding", ("codes", "embed")),
     (r"heads/\d+/kernel", ("embed", "codes")),
     (r"(tag|age|playtime|duration|feedback|features/\d+)/embedding", (None, "embed")),
     (r"(\w+_norm(/\d+)?|norm)/scale", (None,)),

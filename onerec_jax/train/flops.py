@@ -65,8 +65,13 @@ def request_flops(
     lifelong: float,
     targets: float,
     sampled_items: int = 0,
+    decoded: float | None = None,
 ) -> Flops:
-    """Forward FLOPs of one request with this many real (or padded, to count what the hardware does) events and targets."""
+    """Forward FLOPs of one request with this many real (or padded, to count what the hardware does) events and targets.
+
+    `decoded` of the targets go through the decoder, all of them by default.
+    """
+    decoded = targets if decoded is None else decoded
     d, levels = config.d_model, vocabulary.levels
     hidden = config.pathway_hidden or 2 * d
     widths = config.feature_widths()
@@ -93,14 +98,16 @@ def request_flops(
         in_encoder = config.moe.location == "both"
         encoder = config.encoder_layers * attention + n * _ffn(config, in_encoder, config.encoder_layers)
     states = targets if config.causal or sampled_items else min(1.0, targets)  # else all targets share one
-    over_items = states * 2 * d * (sampled_items or vocabulary.items) if config.head != "codes" else 0.0
+    over_items = (
+        states * 2 * (d + config.item_memory) * (sampled_items or vocabulary.items) if config.head != "codes" else 0.0
+    )
     if config.head == "items":
         return Flops(pathways, compressor, encoder, 0.0, over_items)
-    tokens = targets * levels
+    tokens = decoded * levels
     own = tokens * 2 * 4 * d * width + 2 * 2 * tokens * levels * width
     cross = n * 2 * 2 * d * width + tokens * 2 * 2 * d * width + 2 * 2 * tokens * n * width
     decoder = config.decoder_layers * (own + cross) + tokens * _ffn(config, True, config.decoder_layers)
-    heads = targets * sum(2 * d * size for size in vocabulary.codebook_sizes)
+    heads = decoded * sum(2 * d * size for size in vocabulary.codebook_sizes)
     return Flops(pathways, compressor, encoder, decoder, heads + over_items)
 
 

@@ -186,7 +186,7 @@ class Speed:
         """Forgets the window, so that validation or compilation is not counted as slow steps."""
         self._started = None
         self._from = time.perf_counter()
-        self._wait = self._events = self._targets = self._requests = 0.0
+        self._wait = self._events = self._targets = self._decoded = self._requests = 0.0
         self._lengths: dict[str, float] = {}
 
     def waited(self, seconds: float) -> None:
@@ -196,7 +196,9 @@ class Speed:
         """Adds this process's requests, targets and events; padding is not counted."""
         scale = jax.process_count()
         self._requests += scale * batch.user.shape[0]
-        self._targets += scale * float((batch.target_weight > 0).sum())
+        targets = batch.target_weight > 0
+        self._targets += scale * float(targets.sum())
+        self._decoded += scale * float(targets[:, : self._recipe.train.code_targets or None].sum())
         for name, events in pathways(batch).items():
             self._lengths[name] = self._lengths.get(name, 0.0) + scale * float((events.item >= 0).sum())
 
@@ -207,13 +209,14 @@ class Speed:
         mean = {name: self._lengths.get(name, 0.0) / requests for name in ("short", "positive", "lifelong")}
         flops = request_flops(
             self._model.config, self._model.vocabulary, targets=self._targets / requests, **mean,
-            sampled_items=self._recipe.train.sampled_items,
+            sampled_items=self._recipe.train.sampled_items, decoded=self._decoded / requests,
         )  # fmt: skip
         rate = flops.training * self._requests / seconds
         by_code = self._model.config.head != "items"
         values = {
             "examples_per_s": self._requests / seconds,
-            "target_tokens_per_s": self._targets * (self._model.vocabulary.levels if by_code else 1) / seconds,
+            "target_tokens_per_s": (self._decoded * self._model.vocabulary.levels if by_code else self._targets)
+            / seconds,
             "targets_per_context": self._targets / requests,
             "gflops": rate / 1e9,
             "data_wait": self._wait / seconds,

@@ -43,18 +43,24 @@ def _load_metrics(loads: dict[str, Array], experts: int) -> Metrics:
 
 
 def make_loss(
-    model: Model, smoothing: float, sampled_items: int = 0, item_weight: float = 1.0
+    model: Model, smoothing: float, sampled_items: int = 0, item_weight: float = 1.0, code_targets: int = 0
 ) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
-    """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, expert loads)."""
+    """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, expert loads).
+
+    With `code_targets` the loss over codes is of so many first targets of a request, that over items of all of them.
+    """
+    first = slice(None, code_targets or None)
 
     def loss(params: Any, rows: Any, bias: Any, batch: Batch, key: Array | None, trie: DeviceTrie | None = None):
         legal = trie if model.config.softmax == "legal" else None
         if model.config.softmax == "legal" and trie is None:
             raise ValueError("model.softmax legal needs the trie of the semantic IDs")
-        found = model.bind(params).outputs(batch, rows, bias, key, trie)
+        found = model.bind(params).outputs(batch, rows, bias, key, trie, first)
         total, metrics = jnp.zeros(()), {}
         if found.logits is not None:
-            total, metrics = next_token_loss(found.logits, batch.targets, batch.target_weight, smoothing, legal)
+            total, metrics = next_token_loss(
+                found.logits, batch.targets[:, first], batch.target_weight[:, first], smoothing, legal
+            )
         if found.states is not None and found.items is not None:
             sampling = None if key is None else jax.random.fold_in(key, 5)
             own, of_items = item_loss(
@@ -63,7 +69,7 @@ def make_loss(
             if found.logits is None:
                 return own, (of_items, found.loads)
             total = total + item_weight * own
-            metrics |= {"loss/item": of_items["loss"], **of_items, "loss": (total, metrics["loss"][1])}
+            metrics |= {"loss/item": of_items["loss"], **of_items, "loss": (total, of_items["loss"][1])}
         return total, (metrics, found.loads)
 
     return loss
@@ -79,9 +85,8 @@ def make_train_step(
     The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches.
     """
     train = recipe.train
-    gradients = jax.value_and_grad(
-        make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight), argnums=(0, 1), has_aux=True
-    )
+    loss = make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight, train.code_targets)
+    gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     rate = learning_rate(train)
 
     def step(state: TrainState, batch: Batch, trie: DeviceTrie | None = None) -> tuple[TrainState, Metrics]:

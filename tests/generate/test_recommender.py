@@ -42,7 +42,7 @@ def scores_by_both(recommender: Recommender, examples: np.ndarray) -> tuple[np.n
     table, sizes = np.asarray(params["decoder"]["codes"]["embedding"]), ids.codebook_sizes
     first = np.cumsum([0, *sizes[:-1]])
     vectors = np.asarray(params["head"]["items"]["embedding"]) + table[ids.codes + first].sum(axis=1)
-    own = jax.nn.log_softmax(np.asarray(module.head.states(context, batch.visible)[:, 0]) @ vectors.T)
+    own = jax.nn.log_softmax(np.asarray(module.head.states(context, batch.short.item, batch.visible)[:, 0]) @ vectors.T)
     everything = np.tile(np.arange(dataset.num_items), (len(examples), 1))
     weight = recommender.recipe.evaluate.item_weight
     return np.array(own), scores_of_items(recommender, examples, everything) + weight * np.asarray(own)

@@ -90,6 +90,25 @@ def test_the_loss_of_an_item_head_is_the_cross_entropy_of_its_logits():
     np.testing.assert_allclose(value, -(log_p * batch.target_weight).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["OneRec with a memory", "SASRec with a memory"])
+def test_a_memory_adds_up_what_every_event_in_sight_says_of_an_item(name: str):
+    model = build(tiny_model(**SHAPES[name]), VOCABULARY)
+    batch = random_batch(model.config, batch=5, targets=4)
+    params, rows, bias = _parts(model)
+    trie = tiny_trie(model.config)
+    scores = model.bind(params).outputs(model.localise(batch, touched_only=False)[0], rows, bias, None, trie)
+    assert scores.states is not None and scores.items is not None
+    got = np.asarray(scores.states @ scores.items.T)
+    inputs, outputs = (np.asarray(params["head"][name]["embedding"]) for name in ("memory_in", "memory_out"))
+    d = model.config.d_model
+    for b in range(5):
+        for t in range(got.shape[1]):
+            seen = batch.short.item[b, : batch.visible[b, t]]
+            by_encoder = np.asarray(scores.states)[b, t, :d] @ np.asarray(scores.items)[:, :d].T
+            by_memory = sum((inputs[item] @ outputs.T for item in seen), start=np.zeros(100)) / max(1, len(seen)) ** 0.5
+            np.testing.assert_allclose(got[b, t], by_encoder + by_memory, atol=1e-5)
+
+
 def test_an_hstu_block_equals_its_equations_written_out():
     config = tiny_model(**SHAPES["HSTU"], encoder_layers=2)
     model = build(config, VOCABULARY)

@@ -9,6 +9,7 @@ from onerec_jax.train.flops import request_flops
 
 WIDE = {"d_model": 256, "ffn_hidden": 512, "heads": 4, "author_dim": 64, "feature_dim": 64, "static_dim": 64}
 OTHERS = {name: SHAPES[name] for name in ("SASRec", "HSTU", "TIGER")}
+OTHERS["SASRec with a memory"] = {**SHAPES["SASRec with a memory"], "item_memory": 128}
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,13 @@ def test_the_analytic_count_agrees_with_the_compilers_on_a_dense_model(shape: di
     )  # fmt: skip
     assert abs(ours.forward / counted - 1) < 0.02
     assert ours.training == 3 * ours.forward
+
+
+def test_targets_past_the_decoder_cost_nothing_of_it():
+    config = tiny_model(**SHAPES["OneRec with a memory"])
+    given = {"short": 6, "positive": 0, "lifelong": 0}
+    few, all_of_few, all_of_many = (
+        request_flops(config, VOCABULARY, **given, targets=t, decoded=k) for t, k in ((8, 2), (2, None), (8, None))
+    )
+    assert few == all_of_few, "targets of one context share the product with all items"
+    assert all_of_many.forward > few.forward

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCABULARY, random_batch, tiny_model, tiny_values
+from tiny import SHAPES, VOCABULARY, random_batch, tiny_model, tiny_trie, tiny_values
 
 from onerec_jax.config import Recipe
 from onerec_jax.model.onerec import build
@@ -17,7 +17,7 @@ from onerec_jax.train.loss import next_token_loss
 from onerec_jax.train.metrics import ratios
 from onerec_jax.train.optimizer import learning_rate, make_optimizer
 from onerec_jax.train.state import init_state
-from onerec_jax.train.step import make_train_step
+from onerec_jax.train.step import make_loss, make_train_step
 
 
 def _recipe(tmp_path, **train) -> Recipe:
@@ -82,6 +82,26 @@ def test_a_softmax_over_legal_codes_knows_no_others():
         np.testing.assert_allclose([found[f"loss/level{i}"] for i in (1, 2, 3)], plain / weight.sum(), rtol=1e-5)
         for level in gradient:
             assert np.isfinite(level).all() and not np.asarray(level[1, 2]).any()
+
+
+def test_codes_are_learnt_of_the_first_targets_and_items_of_all():
+    model = build(tiny_model(**SHAPES["OneRec with both heads"]), VOCABULARY)
+    trie, batch = tiny_trie(model.config), random_batch(model.config, batch=5, targets=6)
+    params, tables = model.init(0)
+    batch = model.localise(batch, touched_only=False)[0]
+
+    def value(batch, **settings):
+        loss = make_loss(model, 0.1, **settings)
+        rows = {name: table["rows"] for name, table in tables.items()}
+        total, (metrics, _) = loss(params, rows, model.init_bias(), batch, None, trie)
+        return float(total), ratios(metrics)
+
+    shorter = np.where(np.arange(6) < 2, batch.target_weight, 0)
+    codes_of_two = value(dataclasses.replace(batch, target_weight=shorter), item_weight=0.0)[0]
+    items_of_all = value(batch, item_weight=1.0)[0] - value(batch, item_weight=0.0)[0]
+    total, metrics = value(batch, item_weight=0.5, code_targets=2)
+    np.testing.assert_allclose(total, codes_of_two + 0.5 * items_of_all, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], total / batch.target_weight.sum(), rtol=1e-5)
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_targets(tmp_path):
