@@ -56,10 +56,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _masks(self) -> Recipe:
-        if self.train.masked_share and (self.model.causal or self.model.lifelong_length):
+        model = self.model
+        if self.train.masked_share and (model.causal or model.lifelong_length or model.short_length < 2):
             raise ValueError(
-                "train.masked_share needs model.causal false and model.lifelong_length 0: order and clusters of a history "
-                "would tell what was taken out of it"
+                "train.masked_share needs model.causal false, model.lifelong_length 0 and a model.short_length of 2 at least: "
+                "order and clusters of a history would tell what was taken out of it"
             )
         return self
 

@@ -57,7 +57,12 @@ class Pipeline:
             raise InputError(
                 f"train.batch_size {recipe.train.batch_size} must be a multiple of the {process_count} processes"
             )
-        if not len(dataset.examples(split)):
+        examples = dataset.examples(split)
+        if recipe.train.masked_share and split == "train":
+            users = np.flatnonzero(dataset.train_stops >= 2)
+            ends = dataset.train_stops[users]
+            examples = np.stack([users, ends, ends, ends], axis=1)
+        if not len(examples):
             raise InputError(f"{dataset.directory} has no {split} examples; data.split of its recipe leaves none")
         if len(codes) != dataset.num_items:
             raise InputError(
@@ -66,11 +71,6 @@ class Pipeline:
             )
         import grain  # Imports jax, which processes that only prepare data do not need.
 
-        examples = dataset.examples(split)
-        if recipe.train.masked_share and split == "train":
-            users = np.flatnonzero(dataset.train_stops >= 2)
-            ends = dataset.train_stops[users]
-            examples = np.stack([users, ends, ends, ends], axis=1)
         order = _Order(
             grain.MapDataset.range(len(examples)).shuffle(seed=recipe.seed % 2**32).repeat(),
             window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen)

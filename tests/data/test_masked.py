@@ -88,7 +88,7 @@ def test_every_user_with_two_events_is_an_example_and_validation_is_as_ever(logs
         assert np.array_equal(one[1], other[1]), one[0]
 
 
-@pytest.mark.parametrize("change", ["model.causal=true", "model.lifelong_length=9"])
+@pytest.mark.parametrize("change", ["model.causal=true", "model.lifelong_length=9", "model.short_length=1"])
 def test_what_would_tell_the_targets_is_refused(change):
     others = ["model.positive_length=0", "model.lifelong_length=0", "train.masked_share=0.5"]
     with pytest.raises(InputError, match="masked_share"):
