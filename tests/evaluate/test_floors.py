@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_jax.config import EvaluateConfig
+from onerec_jax.data.schema import DAY_MS
 from onerec_jax.data.train_log import TrainLog
 from onerec_jax.evaluate import floors
 from onerec_jax.generate.ranking import rank
@@ -29,7 +30,7 @@ def random_log(seed):
     rng = np.random.default_rng(seed)
     sequences = [list(rng.integers(0, ITEMS - 1, rng.integers(1, 15))) for _ in range(USERS - 1)] + [[]]
     user = np.repeat(np.arange(USERS), [len(s) for s in sequences])
-    timestamp_ms = np.concatenate([np.sort(rng.integers(0, 5 * floors.DAY_MS, len(s))) for s in sequences])
+    timestamp_ms = np.concatenate([np.sort(rng.integers(0, 5 * DAY_MS, len(s))) for s in sequences])
     log = TrainLog(
         user=user.astype(np.int32),
         item=ragged(sequences)[0],
@@ -68,7 +69,7 @@ def test_popularity_counts_positive_events(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_recent_popularity_counts_positive_events_of_the_last_days_of_train(seed):
     log, _ = random_log(seed)
-    start = log.timestamp_ms.max() - 2 * floors.DAY_MS
+    start = log.timestamp_ms.max() - 2 * DAY_MS
     expected = [0] * ITEMS
     for item, positive, time in zip(log.item, log.positive, log.timestamp_ms, strict=True):
         expected[item] += bool(positive and time > start)
