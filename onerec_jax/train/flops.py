@@ -98,9 +98,10 @@ def request_flops(
         in_encoder = config.moe.location == "both"
         encoder = config.encoder_layers * attention + n * _ffn(config, in_encoder, config.encoder_layers)
     states = targets if config.causal or sampled_items else min(1.0, targets)  # else all targets share one
-    over_items = (
-        states * 2 * (d + config.item_memory) * (sampled_items or vocabulary.items) if config.head != "codes" else 0.0
-    )
+    over_items = 0.0
+    if config.head != "codes":
+        over_items = states * 2 * (d + config.item_memory) * (sampled_items or vocabulary.items)
+        over_items += states * 2 * config.item_memory * short
     if config.head == "items":
         return Flops(pathways, compressor, encoder, 0.0, over_items)
     tokens = decoded * levels
