@@ -33,7 +33,7 @@ quickstart: $(INSTALLED)  ## Simulate, tokenize, pretrain, evaluate and recommen
 test: $(INSTALLED)  ## Run all tests, on CPU
 	@status=0; export JAX_PLATFORMS=cpu; \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests --ignore tests/mesh8 || status=1; \
-	$(BIN)/python -m pytest tests/mesh8 || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/mesh8 || status=1; \
 	exit $$status
 
 lint: $(INSTALLED)  ## Check style and types

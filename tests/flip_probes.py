@@ -22,7 +22,7 @@ import polars as pl
 import pytest
 from stand_ins import instant_training, linear_model
 
-from onerec_jax.config import Recipe
+from onerec_jax.config import MeshConfig, Recipe
 from onerec_jax.data.pipeline import Pipeline, make_batch
 from onerec_jax.data.prepare import prepare, write_dataset
 from onerec_jax.data.schema import Tables
@@ -225,6 +225,13 @@ def layout(recipe: Recipe, world: World) -> Any:
         return str(error)
     places = shardings(_model(recipe, world).abstract, mesh)
     return dict(mesh.shape), str(jax.tree.map(lambda place: place.spec, places))
+
+
+def experts_on_a_mesh(recipe: Recipe, world: World) -> Any:
+    """What the forward pass does on two devices that share the experts."""
+    forward, arguments = _forward(recipe, world)
+    with jax.sharding.use_abstract_mesh(make_mesh(MeshConfig(expert=2), jax.devices()[:1] * 2).abstract_mesh):
+        return str(jax.make_jaxpr(forward)(*arguments))
 
 
 def batch(recipe: Recipe, world: World) -> Any:

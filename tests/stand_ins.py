@@ -13,6 +13,7 @@ import pytest
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import Vocabulary
+from onerec_jax.model.moe.router import Routed
 from onerec_jax.model.onerec import Outputs
 from onerec_jax.train import loop
 from onerec_jax.train.state import TrainState
@@ -39,8 +40,9 @@ def linear_model(config: ModelConfig, vocabulary: Vocabulary) -> Any:
             micro_batches.add(batch.user.shape[0])
             logits = rows["author"][batch.user[:, 0] % vocabulary.authors] @ params["heads"]["0"]["kernel"]
             load = jnp.arange(1.0, 1 + experts)[None, :]
+            routed = Routed(load, jnp.zeros(1), jnp.zeros(1))
             logits = jnp.broadcast_to(logits[:, None, :], (*batch.target_weight.shape, codes))
-            return Outputs((logits,), None, None, {"decoder": load})
+            return Outputs((logits,), None, None, {"decoder": routed})
 
         return SimpleNamespace(outputs=forward)
 

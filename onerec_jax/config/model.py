@@ -21,7 +21,22 @@ class MoEConfig(Section):
         "softmax", "score function; gates are the chosen scores renormalised"
     )
     balance_rate: float = setting(1e-3, "gamma of loss-free balancing, 0 = off", ge=0)
-    backend: Literal["auto", "reference", "tiles"] = setting("auto", "matmul backend; auto picks by platform")
+    shared: int = setting(0, "experts that every token goes through beside the chosen ones", ge=0)
+    z_loss: float = setting(0.0, "weight of the mean squared logsumexp of the router's logits (ST-MoE)", ge=0)
+    backend: Literal["auto", "reference", "tiles", "ragged", "tokamax"] = setting(
+        "auto", "matmul backend; auto: tiles on a CPU, elsewhere tokamax if it is installed, or ragged"
+    )
+    transport: Literal["auto", "local", "allgather", "all_to_all"] = setting(
+        "auto",
+        "how tokens meet experts that a mesh splits: local brings all weights to every device; allgather all tokens to every "
+        "device of the expert axis; all_to_all each token to the devices of its experts; auto: all_to_all if there is a capacity",
+    )
+    capacity: float = setting(
+        0.0,
+        "tokens that all_to_all has room for between two devices, in even shares; the rest are dropped and counted; "
+        "0 = room for all, none is dropped",
+        ge=0,
+    )
     tile: int = setting(64, "rows per tile of the tiles backend", ge=1)
 
 
@@ -80,7 +95,11 @@ class ModelConfig(Section):
     user_rows: int = setting(0, "rows of the user-id table, 0 = one per user; fewer rows share by hashing", ge=0)
     dropout: float = setting(0.0, "dropout on embeddings and block outputs", ge=0, lt=1)
     qk_norm: bool = setting(False, "RMS-normalise queries and keys")
-    attention: Literal["xla", "fused"] = setting("xla", "xla: plain einsums; fused: jax.nn.dot_product_attention")
+    attention: Literal["auto", "heads", "xla", "fused"] = setting(
+        "auto",
+        "heads: one head after the other, as a CPU likes it; xla: plain einsums; fused: jax.nn.dot_product_attention; auto: heads "
+        "on a CPU, else fused",
+    )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "compute type; parameters stay float32")
     remat: Literal["none", "dots", "block"] = setting(
         "none", "recompute in the backward pass: nothing, all but matmuls, blocks"

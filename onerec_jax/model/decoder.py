@@ -37,7 +37,7 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_E, key):
         """`past` are this block's keys and values [B,T,C',H,K] of the C' levels already decoded (C' may be 0).
 
-        Returns x, the load, and keys and values of all C'+C levels.
+        Returns x, what was routed, and keys and values of all C'+C levels.
         """
         b, t, c, d = x_BxTxCxD.shape
         normed = self.self_norm(x_BxTxCxD)
@@ -55,8 +55,8 @@ class DecoderBlock(nnx.Module):
         cross_keys, cross_values = cross
         y = self.cross_attention(self.cross_norm(x).reshape(b, t * c, d), cross_keys, cross_values, cross_mask)
         x = residual(x, y.reshape(x.shape), self.rate, key, 1)
-        y, load = self.ffn(self.ffn_norm(x), bias_E, jnp.broadcast_to(valid_BxT[:, :, None], (b, t, c)))
-        return residual(x, y, self.rate, key, 2), load, (keys, values)
+        y, routed = self.ffn(self.ffn_norm(x), bias_E, jnp.broadcast_to(valid_BxT[:, :, None], (b, t, c)))
+        return residual(x, y, self.rate, key, 2), routed, (keys, values)
 
 
 class Decoder(nnx.Module):
@@ -83,14 +83,14 @@ class Decoder(nnx.Module):
         return self.stack(context.tokens, per_block, unused, None)[2]
 
     def decode(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_GxE, key=None):
-        """Runs the stack on embedded levels; returns normed hidden states, load, and the grown cache."""
+        """Runs the stack on embedded levels; returns normed hidden states, what was routed, and the grown cache."""
 
         def per_block(block: DecoderBlock, x: Array, bias: Array, key: Array | None, extra: Any):
             past, cross = extra
             return block(x, past, cross, cross_mask, valid_BxT, bias, key)
 
-        x, load, cache = self.stack(x_BxTxCxD, per_block, bias_GxE, key, (past, cross))
-        return self.norm(x), load, cache
+        x, routed, cache = self.stack(x_BxTxCxD, per_block, bias_GxE, key, (past, cross))
+        return self.norm(x), routed, cache
 
     def empty_past(self, b: int, t: int, dtype: jnp.dtype) -> tuple[Array, Array]:
         c = self.config
@@ -114,7 +114,7 @@ class Decoder(nnx.Module):
         return context.last_seen(visible_BxT) if self.config.causal else None
 
     def __call__(self, context: Context, targets_BxTxC, visible_BxT, valid_BxT, bias_GxE, key: Array | None):
-        """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and the load [G,E]."""
+        """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and what was routed, stacked [G]."""
         dtype = context.tokens.dtype
         b, t, levels = targets_BxTxC.shape
         latest = self.latest(context, visible_BxT)
@@ -123,8 +123,8 @@ class Decoder(nnx.Module):
         mask = context.valid[:, None, :]
         if self.config.causal:
             mask = jnp.repeat(mask & (context.position[None, None, :] < visible_BxT[:, :, None]), levels, axis=1)
-        x, load, _ = self.decode(
+        x, routed, _ = self.decode(
             x, self.empty_past(b, t, dtype), self.cross_keys_values(context), mask, valid_BxT, bias_GxE,
             None if key is None else jax.random.fold_in(key, 4),
         )  # fmt: skip
-        return tuple(head(x[:, :, i]).astype(jnp.float32) for i, head in enumerate(self.heads)), load
+        return tuple(head(x[:, :, i]).astype(jnp.float32) for i, head in enumerate(self.heads)), routed

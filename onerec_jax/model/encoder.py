@@ -16,6 +16,7 @@ from onerec_jax.model.attention import Attention
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.hstu import HSTUBlock
 from onerec_jax.model.layers import CodeEmbedding, PathwayMLP, RMSNorm, dropout
+from onerec_jax.model.moe.router import Routed
 from onerec_jax.model.pathways import ItemEncoder, QFormer, StaticPathway, blank_padding
 from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
 
@@ -51,8 +52,8 @@ class EncoderBlock(nnx.Module):
     def __call__(self, z: Array, mask: Array, valid: Array, time_BxN: Array, bias_E: Array, key: Array | None):
         normed = self.attention_norm(z)
         z = residual(z, self.attention(normed, *self.attention.keys_values(normed), mask), self.rate, key, 0)
-        y, load = self.ffn(self.ffn_norm(z), bias_E, valid)
-        return residual(z, y, self.rate, key, 1), load
+        y, routed = self.ffn(self.ffn_norm(z), bias_E, valid)
+        return residual(z, y, self.rate, key, 1), routed
 
 
 class Encoder(nnx.Module):
@@ -85,8 +86,8 @@ class Encoder(nnx.Module):
 
     def __call__(
         self, batch: Batch, rows: dict[str, Array], codes: CodeEmbedding | None, bias_GxE: Array, key: Array | None
-    ) -> tuple[Context, Array]:
-        """Context of each request and the encoder's expert load [G,E]."""
+    ) -> tuple[Context, Routed]:
+        """Context of each request and what the encoder's experts were given, stacked [G]."""
         dtype = jnp.dtype(self.config.dtype)
         tokens = [self.static(batch.user, rows, dtype) + self.position[...][:1].astype(dtype)]
         valid = [jnp.ones((batch.user.shape[0], 1), bool)]
@@ -115,11 +116,11 @@ class Encoder(nnx.Module):
         time = self._times(batch.short) if self.config.block == "hstu" else jnp.zeros(())
 
         def per_block(block: EncoderBlock | HSTUBlock, z: Array, bias: Array, key: Array | None, _):
-            z, load = block(z, visible, seen, time, bias, key)
-            return z, load, None
+            z, routed = block(z, visible, seen, time, bias, key)
+            return z, routed, None
 
-        z, load, _ = self.stack(z, per_block, bias_GxE, None if key is None else jax.random.fold_in(key, 2))
-        return Context(tokens=self.norm(z), valid=seen, position=position, per_event=self.per_event), load
+        z, routed, _ = self.stack(z, per_block, bias_GxE, None if key is None else jax.random.fold_in(key, 2))
+        return Context(tokens=self.norm(z), valid=seen, position=position, per_event=self.per_event), routed
 
     def _events(self, name: str, events: ItemFeatures, valid_BxL: Array, rows: dict[str, Array], codes, dtype):
         """Tokens of one pathway's events and their validity, [B, L * tokens per event]."""

@@ -10,6 +10,20 @@ from flax import nnx
 from jax import Array
 
 
+@jax.custom_vjp
+def matmul(x: Array, w: Array) -> Array:
+    """x [...,D] @ w [D,F]; the gradient of w is x^T dy as it stands, where XLA would transpose dy, often the larger."""
+    return x @ w
+
+
+def _matmul_backward(saved: tuple[Array, Array], dy: Array):
+    x, w = saved
+    return dy @ w.T, jnp.einsum("xd,xf->df", x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+
+
+matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b); W is float32 and cast to the type of x."""
 
@@ -18,7 +32,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,))) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -111,9 +125,15 @@ def _mix(bits: Array) -> Array:
     return bits ^ (bits >> 16)
 
 
+KEPT = "crossed_the_mesh"  # what `jax.ad_checkpoint.checkpoint_name` calls a value that no policy recomputes
+
+
 def remat(body: Callable, policy: str) -> Callable:
-    """Wraps a scanned body so that its backward pass recomputes what `policy` says."""
+    """Wraps a scanned body so that its backward pass recomputes what `policy` says, but never what is named `KEPT`."""
     if policy == "none":
         return body
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
+    if policy == "dots":
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        keep = jax.checkpoint_policies.save_from_both_policies(dots, keep)
     return jax.checkpoint(body, policy=keep, prevent_cse=False)

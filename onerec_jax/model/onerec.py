@@ -20,6 +20,7 @@ from onerec_jax.model.decoder import Decoder
 from onerec_jax.model.encoder import Context, Encoder
 from onerec_jax.model.item_head import ItemHead
 from onerec_jax.model.layers import CodeEmbedding
+from onerec_jax.model.moe.router import Routed
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import init_tables, localise, table_shapes
 
@@ -30,7 +31,7 @@ class Outputs(NamedTuple):
     logits: tuple[Array, ...] | None  # float32 [B,T,V] per level, teacher-forced
     states: Array | None  # [B,T,D], what an item head predicts each target from
     items: Array | None  # [I,D], the item vectors
-    loads: dict[str, Array]  # expert loads of both stacks
+    routed: dict[str, Routed]  # by stack, stacked [G]
 
 
 class OneRec(nnx.Module):
@@ -70,18 +71,18 @@ class OneRec(nnx.Module):
 
         Only the targets of a request that `decoded` names go through the decoder.
         """
-        context, load = self.encode(batch, rows, bias, key)
-        loads = {"encoder": load, "decoder": bias["decoder"]}
+        context, encoded = self.encode(batch, rows, bias, key)
+        routed = {"encoder": encoded}
         logits = states = items = None
         if self.decoder is not None:
             valid = batch.target_weight[:, decoded] > 0
             targets = jnp.where(valid[..., None], batch.targets[:, decoded], 0)
             visible = batch.visible[:, decoded]
-            logits, loads["decoder"] = self.decoder(context, targets, visible, valid, bias["decoder"], key)
+            logits, routed["decoder"] = self.decoder(context, targets, visible, valid, bias["decoder"], key)
         if self.head is not None:
             items = self.head.vectors(self.codes, trie)
             states = self.head.states(context, batch.short.item, batch.visible if self.causal else batch.visible[:, :1])
-        return Outputs(logits, states, items, loads)
+        return Outputs(logits, states, items, routed)
 
     def __call__(
         self,
@@ -91,13 +92,13 @@ class OneRec(nnx.Module):
         key: Array | None,
         trie: DeviceTrie | None = None,
     ):
-        """Teacher-forced logits per level (those of all items where there is no decoder), and the loads of both stacks."""
+        """Teacher-forced logits per level (those of all items where there is no decoder), and what was routed."""
         found = self.outputs(batch, rows, bias, key, trie)
         if found.logits is not None:
-            return found.logits, found.loads
+            return found.logits, found.routed
         assert found.states is not None
         logits = self.item_logits(found.states, trie)
-        return (jnp.broadcast_to(logits, (*batch.target_item.shape, logits.shape[-1])),), found.loads
+        return (jnp.broadcast_to(logits, (*batch.target_item.shape, logits.shape[-1])),), found.routed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ def count_parameters(model: Model) -> dict[str, int]:
             totals["features"] += size
         else:
             totals["model"] += size
-            routed = "moe" in names and names[-1] in ("gate", "up", "down")
+            routed = names[-2:-1] == ["moe"] and names[-1] in ("gate", "up", "down")
             totals["active"] += size * moe.active // moe.experts if routed else size
     totals["tables"] += sum(rows * width for rows, width in model.tables.values())
     return totals

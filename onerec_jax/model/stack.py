@@ -13,6 +13,7 @@ from jax import Array
 from onerec_jax.config import ModelConfig
 from onerec_jax.model.layers import FeedForward, dropout, remat
 from onerec_jax.model.moe import MoE
+from onerec_jax.model.moe.router import Routed, nothing_routed
 
 # A rolled scan keeps compile time flat in depth; a short one is unrolled, because a CPU otherwise spends three times the
 # matmuls' time on moving residuals in and out of the loop.
@@ -26,7 +27,7 @@ class FeedForwardOrMoE(nnx.Module):
         self.dense = None if moe else FeedForward(config.d_model, config.ffn_hidden, rngs, scale=scale)
         self.moe = MoE(config.d_model, config.moe, rngs, scale=scale) if moe else None
 
-    def __call__(self, x: Array, bias_E: Array, valid: Array) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array, bias_E: Array, valid: Array) -> tuple[Array, Routed | None]:
         if self.moe is not None:
             return self.moe(x, bias_E, valid)
         assert self.dense is not None
@@ -64,26 +65,27 @@ class Stack(nnx.Module):
         self.groups = make(rngs)
 
     def __call__(self, x: Array, per_block: Callable[..., Any], bias_GxE: Array, key: Array | None, xs: Any = None):
-        """Runs `per_block(block, x, bias_E, key, extra) -> (x, load_E or None, out)` over all blocks.
+        """Runs `per_block(block, x, bias_E, key, extra) -> (x, routed or None, out)` over all blocks.
 
-        `xs` are extra inputs with leading axes [G, every]. Returns x, load [G,E] and the outs, stacked [G, every].
+        `xs` are extra inputs with leading axes [G, every]. Returns x, what was routed, stacked [G], and the outs, stacked
+        [G, every].
         """
         graph, params = nnx.split(self.groups)
 
         def body(x: Array, step: Any):
             params, bias, key, extra = step
             keys = [None] * self.every if key is None else jax.random.split(key, self.every)
-            load, outs = jnp.zeros_like(bias), []
+            routed, outs = nothing_routed(bias.shape[-1]), []
             for i, block in enumerate(nnx.merge(graph, params).blocks):
-                x, block_load, out = per_block(block, x, bias, keys[i], jax.tree.map(lambda a: a[i], extra))  # noqa: B023
-                load = load if block_load is None else block_load
+                x, block_routed, out = per_block(block, x, bias, keys[i], jax.tree.map(lambda a: a[i], extra))  # noqa: B023
+                routed = routed if block_routed is None else block_routed
                 outs.append(out)
-            return x, (load, jax.tree.map(lambda *a: jnp.stack(a), *outs))
+            return x, (routed, jax.tree.map(lambda *a: jnp.stack(a), *outs))
 
         keys = None if key is None else jax.random.split(key, self.size)
         unroll = self.size if self.size <= UNROLLED else 1
-        x, (load, outs) = jax.lax.scan(remat(body, self.policy), x, (params, bias_GxE, keys, xs), unroll=unroll)
-        return x, load, outs
+        x, (routed, outs) = jax.lax.scan(remat(body, self.policy), x, (params, bias_GxE, keys, xs), unroll=unroll)
+        return x, routed, outs
 
 
 def residual(x: Array, y: Array, rate: float, key: Array | None, part: int) -> Array:

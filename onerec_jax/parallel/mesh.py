@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from onerec_jax.config import MeshConfig
 from onerec_jax.errors import InputError
+from onerec_jax.parallel.sharding import LAYOUT
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -35,9 +37,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, called and traced under the mesh: what a jitted function with experts needs, to keep them where they are."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*arguments)
+
+    return run
+
+
 def data_parallel(mesh: Mesh) -> int:
     """Over how many ways the batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in LAYOUT["batch"])
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:

@@ -27,6 +27,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"moe/(gate|up)", ("expert", "embed", "hidden")),
     (r"moe/down", ("expert", "hidden", "embed")),
     (r"moe/router", ("embed", None)),
+    (r"moe/shared/(gate|up)", ("embed", "hidden")),
+    (r"moe/shared/down", ("hidden", "embed")),
     (r"(codes|items|memory_in|memory_out)/embedding", ("codes", "embed")),
     (r"heads/\d+/kernel", ("embed", "codes")),
     (r"(tag|age|playtime|duration|feedback|features/\d+)/embedding", (None, "embed")),
@@ -49,7 +51,7 @@ LAYOUT: dict[str | None, tuple[str, ...]] = {
     "expert": ("expert",),
     "codes": ("tensor",),
     "rows": ("fsdp", "expert", "tensor"),
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     None: (),
 }
 

@@ -51,7 +51,7 @@ def _ffn(config: ModelConfig, moe_stack: bool, layers: int) -> float:
     dense = 2 * 2 * d * config.ffn_hidden
     if not (moe.experts and moe_stack):
         return layers * dense
-    routed = 2 * 3 * d * moe.hidden * moe.active + 2 * d * moe.experts
+    routed = 2 * 3 * d * moe.hidden * (moe.active + moe.shared) + 2 * d * moe.experts
     groups = layers // moe.every
     return groups * routed + (layers - groups) * dense
 

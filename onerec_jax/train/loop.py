@@ -21,7 +21,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
-from onerec_jax.parallel.mesh import check_batch, make_mesh
+from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
@@ -140,7 +140,7 @@ def _write_config(run: Path, recipe: Recipe) -> None:
 
 def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh, trie: DeviceTrie | None):
     """state -> mean loss and accuracies over the first `eval_batches` of a fixed order of the validation examples."""
-    step = jax.jit(make_eval_step(model))
+    step = on_mesh(mesh, jax.jit(make_eval_step(model)))
     size, train = recipe.train.batch_size, recipe.train
 
     def batches() -> Iterator[Any]:

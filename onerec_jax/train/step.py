@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from onerec_jax.config import Recipe
 from onerec_jax.model.batch import Batch
-from onerec_jax.model.moe import rebalance
+from onerec_jax.model.moe.router import Routed, rebalance
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import gather, update_tables
+from onerec_jax.parallel.mesh import on_mesh
 from onerec_jax.parallel.sharding import batch_sharding
 from onerec_jax.train.item_loss import item_loss
 from onerec_jax.train.loss import next_token_loss
@@ -30,22 +31,29 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
 
-def _load_metrics(loads: dict[str, Array], experts: int) -> Metrics:
-    """Max over mean load and entropy (nats) per stack, averaged over its MoE groups."""
+def _expert_metrics(routed: dict[str, Routed]) -> Metrics:
+    """Max over mean load and entropy (nats) per stack, averaged over its MoE groups, and the share of choices dropped."""
     metrics: Metrics = {}
-    for name, load in loads.items():
-        if load.shape[-1] < max(2, experts):
+    for name, (load, dropped, _) in routed.items():
+        if load.shape[-1] < 2:  # no experts
             continue
+        metrics[f"experts/{name}_dropped"] = (jnp.sum(dropped), jnp.sum(load))
         share = load / (jnp.sum(load, axis=-1, keepdims=True) + 1e-20)
         metrics[f"experts/{name}_max_over_mean"] = mean(jnp.mean(jnp.max(share, axis=-1)) * load.shape[-1])
         metrics[f"experts/{name}_entropy"] = mean(-jnp.mean(jnp.sum(share * jnp.log(share + 1e-20), axis=-1)))
     return metrics
 
 
+def _z_loss(routed: dict[str, Routed], weight: float) -> Array:
+    """weight * mean over MoE blocks of the mean squared logsumexp of the router's logits (Zoph et al. 2022, eq. 5)."""
+    z = jnp.concatenate([r.z.reshape(-1) for r in routed.values() if r.load.shape[-1] > 1])
+    return weight * jnp.mean(z)
+
+
 def make_loss(
     model: Model, smoothing: float, sampled_items: int = 0, item_weight: float = 1.0, code_targets: int = 0
-) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Array]]]]:
-    """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, expert loads).
+) -> Callable[..., tuple[Array, tuple[Metrics, dict[str, Routed]]]]:
+    """(params, rows, bias, batch, key, trie) -> weighted loss sum, (metrics, what was routed).
 
     With `code_targets` the loss over codes is of so many first targets of a request, that over items of all of them.
     """
@@ -67,10 +75,14 @@ def make_loss(
                 found.states, found.items, batch.target_item, batch.target_weight, smoothing, sampled_items, sampling
             )
             if found.logits is None:
-                return own, (of_items, found.loads)
+                return own, (of_items, found.routed)
             total = total + item_weight * own
             metrics |= {"loss/item": of_items["loss"], **of_items, "loss": (total, of_items["loss"][1])}
-        return total, (metrics, found.loads)
+        if model.config.moe.experts and model.config.moe.z_loss:
+            z = _z_loss(found.routed, model.config.moe.z_loss)
+            weight = jnp.sum(batch.target_weight)
+            total, metrics["loss/router_z"] = total + weight * z, (weight * z, weight)
+        return total, (metrics, found.routed)
 
     return loss
 
@@ -97,11 +109,11 @@ def make_train_step(
 
         def micro(i: Any, part: Batch):
             part_key = None if key is None else jax.random.fold_in(key, i)
-            (_, (metrics, loads)), grads = gradients(state.params, rows, state.bias, part, part_key, trie)
-            return grads, metrics, loads
+            (_, (metrics, routed)), grads = gradients(state.params, rows, state.bias, part, part_key, trie)
+            return grads, metrics, routed
 
         if train.accumulation == 1:
-            grads, metrics, loads = micro(0, local)
+            grads, metrics, routed = micro(0, local)
         else:
 
             def accumulate(carry: Any, xs: Any):
@@ -110,15 +122,18 @@ def make_train_step(
             parts = _micro_batches(local, train.accumulation)
             shapes = jax.eval_shape(micro, 0, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, metrics, loads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(train.accumulation), parts))
+            (grads, metrics, routed), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(train.accumulation), parts))
         grads = jax.tree.map(lambda g: g / (jnp.sum(batch.target_weight) + 1e-20), grads)
         updates, optimizer_state = optimizer.update(grads[0], state.optimizer, state.params)
         metrics["gradient_norm"] = mean(optax.global_norm(grads[0]))
         metrics["update_norm"] = mean(optax.global_norm(updates))
         metrics["learning_rate"] = mean(rate(state.step))
         metrics["targets"] = mean(jnp.sum(batch.target_weight > 0))
-        metrics |= _load_metrics(loads, model.config.moe.experts)
-        bias = {name: rebalance(b, loads[name], model.config.moe.balance_rate) for name, b in state.bias.items()}
+        metrics |= _expert_metrics(routed)
+        balance = model.config.moe.balance_rate
+        bias = {
+            name: rebalance(b, routed[name].load, balance) if name in routed else b for name, b in state.bias.items()
+        }
         new = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -149,4 +164,4 @@ def compile_step(step: Callable[..., Any], abstract: TrainState, mesh: Mesh) -> 
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     given = (places, batch_sharding(mesh), NamedSharding(mesh, PartitionSpec()))
-    return jax.jit(step, in_shardings=given, out_shardings=(places, None), donate_argnums=0)
+    return on_mesh(mesh, jax.jit(step, in_shardings=given, out_shardings=(places, None), donate_argnums=0))

@@ -124,13 +124,14 @@ def test_the_reports_sizes_are_counted_within_five_percent_and_their_difference_
     assert abs((counts["0.935b"] - counts["0.121b"]) / 1e6 - 814) < 1
 
 
-def test_fused_attention_equals_the_plain_einsums():
+def test_attention_by_heads_and_fused_equal_the_plain_einsums():
     batch = random_batch(tiny_model())
     results = []
-    for attention in ("xla", "fused"):
+    for attention in ("xla", "heads", "fused"):
         model = build(tiny_model(attention=attention), VOCABULARY)
         results.append(_gradient(model)(*_parts(model), batch))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), *results)
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), results[0], other)
 
 
 def test_recomputing_in_the_backward_pass_changes_no_gradient():
