@@ -38,6 +38,7 @@ from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank
 from onerec_jax.model.onerec import build
 from onerec_jax.model.prefixes import training_trie
+from onerec_jax.parallel import distributed
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import shardings
 from onerec_jax.tokenizer import kmeans
@@ -225,6 +226,14 @@ def layout(recipe: Recipe, world: World) -> Any:
         return str(error)
     places = shardings(_model(recipe, world).abstract, mesh)
     return dict(mesh.shape), str(jax.tree.map(lambda place: place.spec, places))
+
+
+def joined(recipe: Recipe, world: World) -> Any:
+    """How a process joins the others."""
+    calls = []
+    world.monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    distributed.start(recipe.distributed)
+    return calls
 
 
 def experts_on_a_mesh(recipe: Recipe, world: World) -> Any:

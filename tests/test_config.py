@@ -109,7 +109,7 @@ def test_a_digest_is_of_what_is_stated():
         ("trian: {}\n", "unknown setting 'trian', did you mean 'train'?"),
         ("train: {stepz: 1}\n", "unknown setting 'train.stepz', did you mean 'steps'?"),
         ("model: {moe: {expert: 1}}\n", "unknown setting 'model.moe.expert', did you mean 'experts'?"),
-        ("mesh: {pipeline: 2}\n", "unknown setting 'mesh.pipeline', known here: data, expert, fsdp, tensor"),
+        ("mesh: {pipeline: 2}\n", "unknown setting 'mesh.pipeline', known here: data, expert, fsdp, slices, tensor"),
         ("data: {source: {kind: simulator, userz: 1}}\n", "unknown setting 'data.source.userz', did you mean 'users'?"),
         (
             "tokenizer: {quantizer: {kind: rq_vae, latnet: 1}}\n",

@@ -49,6 +49,7 @@ RQ_VAE = {
 FSQ = {"tokenizer.quantizer": {"kind": "fsq", **SHORT_TRAINING}, "tokenizer.codebook_sizes": [8]}
 BOARD = {"evaluate.floors": ["popularity", "markov"]}
 
+ONE_OF_TWO = {"distributed": {"coordinator": "10.0.0.2:1", "processes": 2, "process": 0}}
 ITEM_HEAD = {"model.head": "items", "model.moe.experts": 0}
 BOTH_HEADS = {"model.head": "both", "model.item_input": "both"}
 FLIPS: dict[str, Flip] = {
@@ -175,6 +176,10 @@ FLIPS: dict[str, Flip] = {
     "mesh.fsdp": Flip(2, probe.layout),
     "mesh.expert": Flip(2, probe.layout),
     "mesh.tensor": Flip(2, probe.layout),
+    "mesh.slices": Flip(2, probe.layout),
+    "distributed.coordinator": Flip("10.0.0.1:1", probe.joined, ONE_OF_TWO),
+    "distributed.processes": Flip(3, probe.joined, ONE_OF_TWO),
+    "distributed.process": Flip(1, probe.joined, ONE_OF_TWO),
     "train.steps": Flip(3, probe.training, SHORT_RUN),
     "train.batch_size": Flip(8, probe.batch),
     "train.accumulation": Flip(2, probe.step),

@@ -28,13 +28,14 @@ from onerec_jax.config.tokenizer import (
     SequentialIds,
     TokenizerConfig,
 )
-from onerec_jax.config.train import MeshConfig, TrainConfig
+from onerec_jax.config.train import DistributedConfig, MeshConfig, TrainConfig
 
 __all__ = [
     "RQVAE",
     "AlignmentConfig",
     "AmazonSource",
     "DataConfig",
+    "DistributedConfig",
     "EvaluateConfig",
     "FiniteScalarQuantizer",
     "Hierarchical",

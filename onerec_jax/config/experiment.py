@@ -16,7 +16,7 @@ from onerec_jax.config.evaluate import EvaluateConfig
 from onerec_jax.config.model import ModelConfig
 from onerec_jax.config.section import Section, setting
 from onerec_jax.config.tokenizer import TokenizerConfig
-from onerec_jax.config.train import MeshConfig, TrainConfig
+from onerec_jax.config.train import DistributedConfig, MeshConfig, TrainConfig
 
 
 class Recipe(Section):
@@ -29,6 +29,7 @@ class Recipe(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -14,13 +14,39 @@ class MeshConfig(Section):
 
     data: int = setting(-1, "pure data parallel, -1 = all remaining devices", ge=-1)
     fsdp: int = setting(1, "data parallel with sharded parameters", ge=1)
-    expert: int = setting(1, "experts", ge=1)
+    expert: int = setting(1, "data parallel with sharded experts", ge=1)
     tensor: int = setting(1, "heads and feed-forward width", ge=1)
+    slices: int = setting(
+        1,
+        "slices of a TPU job, or hosts, with a slow network between them: only `data` goes over it, and is a multiple",
+        ge=1,
+    )
 
     @model_validator(mode="after")
     def _nonzero(self) -> MeshConfig:
         if self.data == 0:
             raise ValueError("mesh.data must be positive, or -1 for all remaining devices")
+        return self
+
+
+class DistributedConfig(Section):
+    """Several processes that train as one. Under Slurm and on GKE nothing needs to be set."""
+
+    coordinator: str = setting(
+        "",
+        "HOST:PORT of process 0; empty: found from Slurm, GKE or TPU metadata, where there are any, else one process",
+    )
+    processes: int = setting(0, "how many processes, where a coordinator is given", ge=0)
+    process: int = setting(-1, "which of them this one is, from 0", ge=-1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> DistributedConfig:
+        if bool(self.coordinator) != (self.processes > 0) or bool(self.coordinator) != (self.process >= 0):
+            raise ValueError(
+                "distributed.coordinator, distributed.processes and distributed.process are given together"
+            )
+        if self.coordinator and self.process >= self.processes:
+            raise ValueError(f"distributed.process {self.process} must be below distributed.processes {self.processes}")
         return self
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from onerec_jax.config import MeshConfig
@@ -18,10 +20,12 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or those given).
+    """A mesh over all devices (or those given); neighbours of an axis are neighbours on the network where it has a shape.
+
+    With `slices` the slow network between slices (of a TPU job; else between processes) carries the axis `data` alone.
 
     Raises:
-        InputError: the product of the axes is not the number of devices.
+        InputError: the product of the axes is not the number of devices, or `data` does not divide among the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.expert, config.tensor]
@@ -34,7 +38,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {wanted} needs {math.prod(sizes)} devices but {len(devices)} are there; "
             "make the product of the mesh axes equal to the device count"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if config.slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % config.slices:
+        raise InputError(f"mesh.data {sizes[0]} must be a multiple of mesh.slices {config.slices}")
+    within, between = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1, 1)
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    processes = {device.process_index for device in devices}
+    if config.slices not in (len(slices), len(processes)):
+        raise InputError(
+            f"mesh.slices is {config.slices} but the devices are of {len(slices)} slices and {len(processes)} processes; "
+            "make it one of these, or 1"
+        )
+    by_process = config.slices != len(slices)
+    placed = create_hybrid_device_mesh(within, between, devices, process_is_granule=by_process)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,6 +65,22 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
 
     return run
+
+
+def share_of_process(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a global batch this process loads, of how many: (index, count).
+
+    Processes whose devices hold the same rows, which differ along `tensor` alone, load the same share.
+    """
+    ways = data_parallel(mesh)
+    shares: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        row = int(np.ravel_multi_index(place[: len(LAYOUT["batch"])], mesh.devices.shape[: len(LAYOUT["batch"])]))
+        shares.setdefault(device.process_index, set()).add(row)
+    distinct = sorted({tuple(sorted(rows)) for rows in shares.values()})
+    if sum(map(len, distinct)) != ways:
+        raise InputError("mesh.tensor must divide the devices of a process, or be a multiple of them")
+    return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
 
 
 def data_parallel(mesh: Mesh) -> int:

@@ -21,7 +21,8 @@ from onerec_jax.errors import InputError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
-from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh
+from onerec_jax.parallel.distributed import start
+from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
@@ -49,7 +50,10 @@ def load_inputs(recipe: Recipe) -> tuple[Dataset, SemanticIds, Model]:
 
 def pretrain(recipe: Recipe, report: Report = print) -> Path:
     """Trains to `train.steps`, going on from the run's newest checkpoint if there is one; returns the run directory."""
+    start(recipe.distributed)
     train = recipe.train
+    first = jax.process_index() == 0
+    report = report if first else _silent
     mesh = make_mesh(recipe.mesh)
     check_batch(mesh, train.batch_size, train.accumulation)
     dataset, ids, model = load_inputs(recipe)
@@ -64,9 +68,8 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     run = recipe.run_directory
     given = _other_run(abstract, recipe) if train.init_from and not has_checkpoint(run) else None
     checkpoints = Checkpoints(run, train.keep)
-    pipeline = Pipeline(
-        dataset, ids.codes, recipe, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    index, count = share_of_process(mesh)
+    pipeline = Pipeline(dataset, ids.codes, recipe, process_index=index, process_count=count)
     if checkpoints.steps():
         state, position = checkpoints.restore(abstract, recipe)
         pipeline.restore(position)
@@ -75,12 +78,13 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
         state = create_state(model, optimizer, recipe.seed, mesh)
         if given is not None:
             state = dataclasses.replace(state, **given)
-    _write_config(run, recipe)
+    if first:
+        _write_config(run, recipe)
 
     trie = training_trie(recipe.model, ids.trie)
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
     validate = _validation(model, dataset, ids, recipe, mesh, trie)
-    log = MetricsLog(run, train.tensorboard)
+    log = MetricsLog(run, train.tensorboard) if first else None
     speed = Speed(model, recipe, mesh)
     batches = iter(pipeline)
     window, pending, at = None, None, int(state.step)
@@ -100,19 +104,29 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
                 window = pending if window is None else add(window, pending)
                 values = ratios(window) | speed.window(at)
                 window = pending = None
-                log.write(at, values)
+                _write(log, at, values)
                 report(progress_line(at, train.steps, values))
             if train.eval_every and (at % train.eval_every == 0 or last):
                 values = validate(state)
-                log.write(at, values)
+                _write(log, at, values)
                 report(f"step {at}  validation loss {values['valid/loss']:.4f}")
                 speed.restart()
             if at % train.checkpoint_every == 0 or last:
                 checkpoints.save(at, state, pipeline.state(), recipe)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
         checkpoints.close()
     return run
+
+
+def _silent(line: str) -> None:
+    """What all processes but the first report."""
+
+
+def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
+    if log is not None:
+        log.write(step, values)
 
 
 def _other_run(abstract: TrainState, recipe: Recipe) -> dict[str, Any]:
@@ -134,8 +148,7 @@ def _write_config(run: Path, recipe: Recipe) -> None:
         revision = found.stdout.strip() or "unknown"
     except OSError:
         revision = "unknown"
-    if jax.process_index() == 0:
-        (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {revision}\n{recipe.to_yaml()}")
+    (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {revision}\n{recipe.to_yaml()}")
 
 
 def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh, trie: DeviceTrie | None):
@@ -157,8 +170,9 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
                 TargetWeights(train.negative_weight),
                 frozen=dataset.frozen,
             )
-            per_process = size // jax.process_count()
-            first = jax.process_index() * per_process
+            index, count = share_of_process(mesh)
+            per_process = size // count
+            first = index * per_process
             yield put_batch(jax.tree.map(lambda x: x[first : first + per_process], batch), mesh)  # noqa: B023
 
     def validate(state: TrainState) -> dict[str, float]:
@@ -178,6 +192,7 @@ class Speed:
     def __init__(self, model: Model, recipe: Recipe, mesh: Mesh):
         self._model, self._recipe = model, recipe
         self._devices = mesh.devices.size
+        self._shares = share_of_process(mesh)[1]
         self._peak = peak_flops(mesh.devices.flat[0], recipe.model.dtype)
         self._started: float | None = None
         self.restart()
@@ -194,7 +209,7 @@ class Speed:
 
     def count(self, batch: Any) -> None:
         """Adds this process's requests, targets and events; padding is not counted."""
-        scale = jax.process_count()
+        scale = self._shares
         self._requests += scale * batch.user.shape[0]
         targets = batch.target_weight > 0
         self._targets += scale * float(targets.sum())
