@@ -16,7 +16,8 @@ from tiny import tiny_values
 from onerec_jax.config import Recipe
 from onerec_jax.recipe import make_recipe
 
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
@@ -40,6 +41,8 @@ def tiny_recipe(tiny_folder: Path) -> Recipe:
 
 # Files that take longest, longest first: two workers that take whole files in this order end together.
 SLOW = (
+    "test_processes.py",
+    "test_moe_on_devices.py",
     "test_step.py",
     "test_resume.py",
     "test_onerec.py",

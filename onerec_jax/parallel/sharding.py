@@ -11,7 +11,9 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from onerec_jax.errors import InputError
 
 # parameter path (regular expression, matched at the end of the path) -> logical axes
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -77,7 +79,7 @@ def logical_axes(name: str) -> tuple[str | None, ...]:
     return ("layers", *found[0]) if "/stack/groups/" in name else found[0]
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Mesh axes of each dimension; an axis that does not divide its dimension is left out there."""
     axes = logical_axes(name)
     if len(axes) != len(shape):
@@ -98,6 +100,33 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), tree
     )
+
+
+MOST_UNSHARDED = 0.02
+
+
+def unsharded(tree: Any, mesh: Mesh) -> tuple[float, list[str]]:
+    """The share of a tree's numbers that every device holds, and the names of these leaves, the largest first."""
+    sizes = {path_name(path): (leaf.shape, leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    whole = {}
+    for name, (shape, size) in sizes.items():
+        axes = [a for axis in partition_spec(name, shape, mesh) for a in (axis if isinstance(axis, tuple) else (axis,))]
+        if math.prod(mesh.shape[axis] for axis in axes if axis) == 1:
+            whole[name] = size
+    share = sum(whole.values()) / max(1, sum(size for _, size in sizes.values()))
+    return share, sorted(whole, key=lambda name: -whole[name])
+
+
+def check_sharded(tree: Any, mesh: Mesh) -> None:
+    """Raises InputError where fsdp is on and leaves more than 2 % of the parameters whole on every device."""
+    if mesh.shape["fsdp"] == 1:
+        return
+    share, names = unsharded(tree, mesh)
+    if share > MOST_UNSHARDED:
+        raise InputError(
+            f"mesh.fsdp {mesh.shape['fsdp']} leaves {share:.1%} of the parameters unsharded: {', '.join(names[:5])}"
+            f"{' and others' if len(names) > 5 else ''}; make model.d_model a multiple of it, or mesh.fsdp smaller"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

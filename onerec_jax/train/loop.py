@@ -23,7 +23,7 @@ from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
-from onerec_jax.parallel.sharding import put_batch
+from onerec_jax.parallel.sharding import check_sharded, put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
 from onerec_jax.train.flops import peak_flops, request_flops
@@ -59,6 +59,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     dataset, ids, model = load_inputs(recipe)
     optimizer = make_optimizer(train)
     abstract = abstract_state(model, optimizer, mesh)
+    check_sharded({"params": abstract.params, "tables": abstract.tables}, mesh)
 
     if train.eval_every and not len(dataset.examples("valid")):
         raise InputError(

@@ -17,7 +17,16 @@ from onerec_jax.evaluate.board import load_board
 from onerec_jax.model.onerec import build, planned_vocabulary
 from onerec_jax.parallel import sharding
 from onerec_jax.parallel.mesh import check_batch, data_parallel, make_mesh
-from onerec_jax.parallel.sharding import PARAMETERS, logical_axes, partition_spec, path_name, put_batch, shardings
+from onerec_jax.parallel.sharding import (
+    PARAMETERS,
+    check_sharded,
+    logical_axes,
+    partition_spec,
+    path_name,
+    put_batch,
+    shardings,
+    unsharded,
+)
 from onerec_jax.recipe import CONFIGS, load_recipe
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, init_state
@@ -33,10 +42,10 @@ MESHES = {
 
 
 @functools.cache
-def _shapes(recipe_name: str, optimizer: str) -> TrainState:
+def _shapes(recipe_name: str, optimizer: str, *changes: str) -> TrainState:
     """The whole train state of a recipe or of a row of Beauty's board, as shapes."""
     row = load_board("beauty").rows[recipe_name] if recipe_name in ROWS else ()
-    recipe = load_recipe("beauty_small" if row else recipe_name, [*row, f"train.optimizer={optimizer}"])
+    recipe = load_recipe("beauty_small" if row else recipe_name, [*row, f"train.optimizer={optimizer}", *changes])
     model = build(recipe.model, planned_vocabulary(recipe))
     return jax.eval_shape(lambda: init_state(model, make_optimizer(recipe.train), 0))
 
@@ -70,10 +79,66 @@ def test_every_leaf_of_a_recipes_train_state_matches_one_rule_and_fits_every_mes
             assert math.prod(place.shard_shape(leaf.shape)) * math.prod(mesh.shape[a] for a in used) == leaf.size, name
 
 
+def _split_over(axes: str | tuple[str, ...] | None, mesh) -> list[str]:
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    return [axis for axis in named if mesh.shape[axis] > 1]
+
+
+def _placed(recipe_name: str) -> str:
+    """Where every parameter, table row and bias of a recipe lives on each mesh that fits eight devices, as text."""
+    state = _shapes(recipe_name, "adamw")
+    leaves = _leaves({"params": state.params, "tables": state.tables, "bias": state.bias})
+    places = {name: shardings(leaves, make_mesh(mesh)) for name, mesh in MESHES.items()}
+    lines = [f"# {recipe_name}: the mesh axes of each dimension, - for none"]
+    for leaf_name, leaf in leaves.items():
+        lines.append(f"{leaf_name} {'x'.join(map(str, leaf.shape)) or 'scalar'}")
+        for mesh, found in places.items():
+            size = found[leaf_name].mesh.shape
+            axes = [
+                [a for a in ((over,) if isinstance(over, str) else over or ()) if size[a] > 1]
+                for over in found[leaf_name].spec
+            ]
+            lines.append(f"    {mesh}: {' '.join('+'.join(a) or '-' for a in axes)}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_where_every_parameter_lives_is_as_recorded(recipe: str, golden):
+    golden(f"sharding/{recipe}.txt", _placed(recipe))
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.startswith("onerec")])
+@pytest.mark.parametrize("mesh", [name for name, mesh in MESHES.items() if mesh.fsdp > 1])
+def test_at_most_two_percent_of_the_parameters_are_whole_on_every_device(recipe: str, mesh: str):
+    state = _shapes(recipe, "adamw")
+    tree, devices = {"params": state.params, "tables": state.tables}, make_mesh(MESHES[mesh])
+    share, names = unsharded(tree, devices)
+    assert share <= 0.02, names[:10]
+    check_sharded(tree, devices)
+
+
+def test_what_fsdp_cannot_split_is_listed_before_training():
+    mesh = make_mesh(MESHES["fsdp 8"])
+    tree = {
+        "params": {
+            "decoder": {"position": np.zeros((3, 12)), "bos": np.zeros(40)},
+            "encoder": {"position": np.zeros((9, 8))},
+        }
+    }
+    share, names = unsharded(tree, mesh)
+    assert share == pytest.approx(76 / 148) and names == ["params/decoder/bos", "params/decoder/position"]
+    with pytest.raises(
+        InputError, match=r"mesh.fsdp 8 leaves 51.4% .* unsharded: params/decoder/bos, params/decoder/pos"
+    ):
+        check_sharded(tree, mesh)
+    check_sharded(tree, make_mesh(MESHES["data 8"]))
+
+
 def test_every_rule_is_that_of_some_leaf():
     names = [
         name for recipe in [*RECIPES, *ROWS] for kind in ("adamw", "muon") for name in _leaves(_shapes(recipe, kind))
     ]
+    names += _leaves(_shapes("quickstart", "adamw", "model.moe.shared=1"))
     unused = [p for p, _ in PARAMETERS if not any(re.fullmatch(f"(.*/)?{p}", name) for name in names)]
     assert unused == []
 

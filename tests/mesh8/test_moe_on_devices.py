@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,15 +76,8 @@ def _compiled(config: MoEConfig, mesh_name: str):
 
     rows, whole = NamedSharding(mesh, PartitionSpec(LAYOUT["batch"])), NamedSharding(mesh, PartitionSpec())
     places = {name: NamedSharding(mesh, partition_spec(f"moe/{name}", v.shape, mesh)) for name, v in params.items()}
-    quickly: Any = {"xla_backend_optimization_level": 0}  # compiling is most of the time of these tests
-    return on_mesh(
-        mesh,
-        jax.jit(
-            jax.value_and_grad(value, argnums=(0, 1), has_aux=True),
-            in_shardings=(places, rows, whole, rows),
-            compiler_options=quickly,
-        ),
-    )
+    step = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), in_shardings=(places, rows, whole, rows))
+    return on_mesh(mesh, step)
 
 
 @functools.cache

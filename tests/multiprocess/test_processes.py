@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import portpicker
 import pytest
+from conftest import COMPILED
 from omegaconf import OmegaConf
 from tiny import tiny_model, tiny_values
 
@@ -27,8 +28,8 @@ SECONDS = 300
 
 def _train(recipe: Path, name: str, processes: int, *settings: str) -> list[dict[str, float]]:
     """The metrics of a run on eight devices, shared out among the processes."""
-    quickly = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling is most of the time
-    environment = {**os.environ, **quickly, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    environment = {**os.environ, **compiled, "PYTHONPATH": os.pathsep.join(sys.path)}
     coordinator = f"127.0.0.1:{portpicker.pick_unused_port()}"
     started = []
     for i in range(processes):

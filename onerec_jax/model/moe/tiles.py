@@ -79,10 +79,10 @@ def _forward(x: Array, gate: Array, up: Array, down: Array, where: Layout, tile:
     longest = CHUNKS[0] * tile
     zeros = functools.partial(_zeros, where, x.dtype)
 
-    def step(i: Array, written: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(i: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
         start, owner = where.start[i], where.owner[i]
 
-        def body(rows: int) -> tuple[Array, Array, Array]:
+        def body(rows: int) -> tuple[Array, ...]:
             x_t = jax.lax.dynamic_slice_in_dim(x, start, rows)
             g, u = x_t @ gate[owner], x_t @ up[owner]
             return tuple(_padded(v, longest) for v in (g, u, (jax.nn.silu(g) * u) @ down[owner]))
@@ -143,6 +143,6 @@ def tiled_experts(
     source = jnp.full((padded_rows(chosen_MxA.size, gate_ExDxF.shape[0], tile),), rows)
     source = source.at[where.slot].set(jnp.arange(where.slot.size) // active, mode="drop")
     x_RxD = jnp.take(x_MxD, source, axis=0, mode="fill", fill_value=0)
-    y_RxD = swiglu_tiles(x_RxD, gate_ExDxF, up_ExDxF, down_ExFxD, where, tile)
+    y_RxD: Any = swiglu_tiles(x_RxD, gate_ExDxF, up_ExDxF, down_ExFxD, where, tile)
     chosen_y = jnp.take(y_RxD, where.slot, axis=0, mode="fill", fill_value=0).reshape(*chosen_MxA.shape, -1)
     return jnp.einsum("mad,ma->md", chosen_y, gates_MxA.astype(chosen_y.dtype))

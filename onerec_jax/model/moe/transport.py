@@ -61,7 +61,7 @@ def over_mesh(
         functools.partial(_on_a_device, config, mesh, batch_axes, weights),
         mesh=mesh,
         in_specs=(rows, rows, whole, whole, *weights),
-        out_specs=(rows, Routed(whole, whole, whole)),
+        out_specs=(rows, whole),
     )
     return sharded(x, valid, bias_E, router, gate, up, down)
 
@@ -91,7 +91,7 @@ def _on_a_device(
     transport = transport_name(config) if split_experts else "local"
     if transport == "local" and split_experts:
         weights = tuple(jax.lax.all_gather(w, "expert", axis=0, tiled=True) for w in weights)
-    weights = tuple(varying(w, spec) for w, spec in zip(weights, specs, strict=True))
+    weights = tuple(varying(w, tuple(spec)) for w, spec in zip(weights, specs, strict=True))
     x_MxD, gates, chosen = (varying(value, batch_axes) for value in (x_MxD, gates, chosen))
     experts = experts_of(config)
     if transport == "local":
