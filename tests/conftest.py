@@ -11,12 +11,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 
 import jax
 import pytest
-from tiny import tiny_values
+from tiny import COMPILED, tiny_values
 
 from onerec_jax.config import Recipe
 from onerec_jax.recipe import make_recipe
 
-COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

@@ -12,6 +12,7 @@ from onerec_jax.data.schema import LABELS, Batch, ItemFeatures, Vocabulary
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
 from onerec_jax.tokenizer.trie import Trie
 
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "jax"  # what XLA compiled, kept from run to run
 VOCABULARY = Vocabulary(
     users=50, items=100, authors=20, tags=7, user_features=(3, 4), labels=LABELS, codebook_sizes=(16, 16, 16)
 )

@@ -103,6 +103,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 MOST_UNSHARDED = 0.02
+SMALL = 2**22  # numbers that every device may hold whatever share they are
 
 
 def unsharded(tree: Any, mesh: Mesh) -> tuple[float, list[str]]:
@@ -118,14 +119,15 @@ def unsharded(tree: Any, mesh: Mesh) -> tuple[float, list[str]]:
 
 
 def check_sharded(tree: Any, mesh: Mesh) -> None:
-    """Raises InputError where fsdp is on and leaves more than 2 % of the parameters whole on every device."""
+    """Raises InputError where fsdp is on and leaves more than 2 %, and not just a few, of the parameters on every device."""
     if mesh.shape["fsdp"] == 1:
         return
     share, names = unsharded(tree, mesh)
-    if share > MOST_UNSHARDED:
+    if share > MOST_UNSHARDED and share * sum(leaf.size for leaf in jax.tree.leaves(tree)) > SMALL:
         raise InputError(
             f"mesh.fsdp {mesh.shape['fsdp']} leaves {share:.1%} of the parameters unsharded: {', '.join(names[:5])}"
-            f"{' and others' if len(names) > 5 else ''}; make model.d_model a multiple of it, or mesh.fsdp smaller"
+            f"{' and others' if len(names) > 5 else ''}; "
+            "make their sizes (model.d_model, rows of tables) multiples of the mesh axes, or mesh.fsdp smaller"
         )
 
 

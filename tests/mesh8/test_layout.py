@@ -117,7 +117,7 @@ def test_at_most_two_percent_of_the_parameters_are_whole_on_every_device(recipe:
     check_sharded(tree, devices)
 
 
-def test_what_fsdp_cannot_split_is_listed_before_training():
+def test_what_fsdp_cannot_split_is_listed_before_training(monkeypatch: pytest.MonkeyPatch):
     mesh = make_mesh(MESHES["fsdp 8"])
     tree = {
         "params": {
@@ -127,6 +127,8 @@ def test_what_fsdp_cannot_split_is_listed_before_training():
     }
     share, names = unsharded(tree, mesh)
     assert share == pytest.approx(76 / 148) and names == ["params/decoder/bos", "params/decoder/position"]
+    check_sharded(tree, mesh)  # too few to matter
+    monkeypatch.setattr(sharding, "SMALL", 10)
     with pytest.raises(
         InputError, match=r"mesh.fsdp 8 leaves 51.4% .* unsharded: params/decoder/bos, params/decoder/pos"
     ):

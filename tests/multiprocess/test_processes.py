@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import portpicker
 import pytest
-from conftest import COMPILED
 from omegaconf import OmegaConf
-from tiny import tiny_model, tiny_values
+from tiny import COMPILED, tiny_model, tiny_values
 
 from onerec_jax.data.prepare import prepare
 from onerec_jax.data.store import Dataset

@@ -27,7 +27,7 @@ from onerec_jax.train.state import TrainState, abstract_state
 
 LEARNING = {
     "loss", "loss/level1", "accuracy/level1", "gradient_norm", "update_norm", "learning_rate", "targets",
-    "experts/decoder_max_over_mean", "experts/decoder_entropy",
+    "experts/decoder_max_over_mean", "experts/decoder_entropy", "experts/decoder_dropped",
 }  # fmt: skip
 SPEED = {"examples_per_s", "target_tokens_per_s", "targets_per_context", "gflops", "data_wait", "step_ms"}
 
