@@ -18,6 +18,7 @@ ROAD = (
     "tokenizer",
     "model",
     "train",
+    "plan",
     "generate",
     "reward",
     "posttrain",
