@@ -97,6 +97,11 @@ def _group(kind: str, attributes: str, devices: int) -> list[int]:
         return [int(pairs[1]), int(pairs[2])] if pairs else []
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return [int(n) for n in listed[1].split(",") if n]
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):  # jax 0.12
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = re.findall(r"'(\w+)'", named[2])
+        numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return numbers[tuple(slice(None) if name in along else 0 for name in sizes)].reshape(-1).tolist()
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         groups, shape = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
         order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(shape)))
