@@ -44,7 +44,7 @@ def attend_by_head(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: A
     """`attend`, one head after the other, with its own derivative.
 
     All matrices of a head lie in memory as a CPU's matmuls want them; heads in one product are transposed before and after
-    each of its twelve matmuls, which takes longer than the matmuls themselves.
+    its six matmuls, which takes as long as the matmuls themselves.
     """
     return _attend_by_head(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, mask)[0]
 

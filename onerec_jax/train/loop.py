@@ -156,6 +156,9 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
     """state -> mean loss and accuracies over the first `eval_batches` of a fixed order of the validation examples."""
     step = on_mesh(mesh, jax.jit(make_eval_step(model)))
     size, train = recipe.train.batch_size, recipe.train
+    index, count = share_of_process(mesh)
+    per_process = size // count
+    first = index * per_process
 
     def batches() -> Iterator[Any]:
         examples = dataset.examples("valid")
@@ -171,10 +174,7 @@ def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe
                 TargetWeights(train.negative_weight),
                 frozen=dataset.frozen,
             )
-            index, count = share_of_process(mesh)
-            per_process = size // count
-            first = index * per_process
-            yield put_batch(jax.tree.map(lambda x: x[first : first + per_process], batch), mesh)  # noqa: B023
+            yield put_batch(jax.tree.map(lambda x: x[first : first + per_process], batch), mesh)
 
     def validate(state: TrainState) -> dict[str, float]:
         total = None

@@ -78,7 +78,7 @@ def make_loss(
                 return own, (of_items, found.routed)
             total = total + item_weight * own
             metrics |= {"loss/item": of_items["loss"], **of_items, "loss": (total, of_items["loss"][1])}
-        if model.config.moe.experts and model.config.moe.z_loss:
+        if model.config.moe.experts > 1 and model.config.moe.z_loss:  # with one expert nothing is routed
             z = _z_loss(found.routed, model.config.moe.z_loss)
             weight = jnp.sum(batch.target_weight)
             total, metrics["loss/router_z"] = total + weight * z, (weight * z, weight)

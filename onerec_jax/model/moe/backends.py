@@ -29,11 +29,7 @@ def backend_name(config: MoEConfig) -> str:
 
 
 def experts_of(config: MoEConfig) -> Experts:
-    """The backend of a config.
-
-    Raises:
-        InputError: tokamax is asked for and not installed.
-    """
+    """The backend of a config; tokamax, when called, raises InputError where it is not installed."""
     name = backend_name(config)
     if name == "reference":
         return reference_experts

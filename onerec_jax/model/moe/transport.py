@@ -160,9 +160,8 @@ def _all_to_all(
     sent = (device < devices) & (rank < room)
     slot = jnp.where(sent, device * room + rank, devices * room)
 
-    choice = jnp.full(
-        (devices * room,), expert.size, jnp.int32
-    )  # at each slot; a number past the last one where none is
+    # the choice at each slot; a number past the last one where there is none
+    choice = jnp.full((devices * room,), expert.size, jnp.int32)
     choice = choice.at[slot].set(jnp.arange(expert.size, dtype=jnp.int32), mode="drop")
 
     def exchanged(values: Array) -> Array:
