@@ -8,9 +8,10 @@ Axis letters: B examples, L events of one pathway, T targets of one request, C c
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA_VERSION = 1
 DAY_MS = 86_400_000

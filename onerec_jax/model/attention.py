@@ -11,6 +11,7 @@ from jax import Array
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.model.layers import Linear, RMSNorm
+from onerec_jax.parallel.mesh import platform
 
 
 def attend(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: Array | None, implementation: str) -> Array:
@@ -18,7 +19,7 @@ def attend(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: Array | N
 
     Every query must see at least one key: the static token and the first position always are visible.
     """
-    if implementation == "heads" or (implementation == "auto" and jax.default_backend() == "cpu"):
+    if implementation == "heads" or (implementation == "auto" and platform() == "cpu"):
         visible = jnp.ones((1, 1, k_BxNxHxK.shape[1]), bool) if mask is None else mask
         return attend_by_head(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, visible)
     if implementation in ("fused", "auto"):

@@ -19,6 +19,7 @@ from onerec_jax.model.attention import Attention
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.layers import CodeEmbedding, Linear, RMSNorm, dropout
 from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
+from onerec_jax.parallel.sharding import by_batch
 
 
 class DecoderBlock(nnx.Module):
@@ -90,7 +91,7 @@ class Decoder(nnx.Module):
             return block(x, past, cross, cross_mask, valid_BxT, bias, key)
 
         x, routed, cache = self.stack(x_BxTxCxD, per_block, bias_GxE, key, (past, cross))
-        return self.norm(x), routed, cache
+        return by_batch(self.norm(x)), routed, cache
 
     def empty_past(self, b: int, t: int, dtype: jnp.dtype) -> tuple[Array, Array]:
         c = self.config

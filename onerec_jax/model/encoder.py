@@ -19,6 +19,7 @@ from onerec_jax.model.layers import CodeEmbedding, PathwayMLP, RMSNorm, dropout
 from onerec_jax.model.moe.router import Routed
 from onerec_jax.model.pathways import ItemEncoder, QFormer, StaticPathway, blank_padding
 from onerec_jax.model.stack import FeedForwardOrMoE, Stack, residual
+from onerec_jax.parallel.sharding import by_batch
 
 
 @functools.partial(
@@ -105,7 +106,7 @@ class Encoder(nnx.Module):
             tokens.append(h)
             valid.append(mask)
             start += self.per_event * self.lengths[name]
-        z, seen = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+        z, seen = by_batch(jnp.concatenate(tokens, axis=1)), jnp.concatenate(valid, axis=1)
         position = jnp.full((z.shape[1],), -1, jnp.int32)
         visible = seen[:, None, :]
         if self.config.causal:
@@ -120,7 +121,7 @@ class Encoder(nnx.Module):
             return z, routed, None
 
         z, routed, _ = self.stack(z, per_block, bias_GxE, None if key is None else jax.random.fold_in(key, 2))
-        return Context(tokens=self.norm(z), valid=seen, position=position, per_event=self.per_event), routed
+        return Context(tokens=by_batch(self.norm(z)), valid=seen, position=position, per_event=self.per_event), routed
 
     def _events(self, name: str, events: ItemFeatures, valid_BxL: Array, rows: dict[str, Array], codes, dtype):
         """Tokens of one pathway's events and their validity, [B, L * tokens per event]."""

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from onerec_jax.parallel.sharding import by_batch
+
 
 @jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
@@ -43,7 +45,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * scale)
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
-        return jnp.take(self.embedding[...].astype(dtype), ids, axis=0)
+        return by_batch(jnp.take(self.embedding[...].astype(dtype), ids, axis=0))
 
 
 class CodeEmbedding(nnx.Module):
@@ -60,7 +62,7 @@ class CodeEmbedding(nnx.Module):
     def item(self, codes_xC: Array, dtype: jnp.dtype) -> Array:
         """The sum over the levels of semantic IDs [..., C] -> [..., D]: an item as one token."""
         levels = range(len(self.offsets))
-        return sum((self.level(i, codes_xC[..., i], dtype) for i in levels), start=jnp.zeros((), dtype))
+        return by_batch(sum((self.level(i, codes_xC[..., i], dtype) for i in levels), start=jnp.zeros((), dtype)))
 
     def tokens(self, codes_BxLxC: Array, dtype: jnp.dtype) -> Array:
         """One token per code [B, L*C, D]."""
@@ -88,7 +90,7 @@ class PathwayMLP(nnx.Module):
         self.down = Linear(hidden, d_out, rngs, bias=True)
 
     def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.leaky_relu(self.up(x)))
+        return by_batch(self.down(jax.nn.leaky_relu(self.up(x))))
 
 
 class FeedForward(nnx.Module):

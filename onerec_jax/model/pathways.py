@@ -13,6 +13,7 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import ItemFeatures, Vocabulary
 from onerec_jax.model.attention import Attention
 from onerec_jax.model.layers import CodeEmbedding, Embedding, FeedForward, PathwayMLP, RMSNorm
+from onerec_jax.parallel.sharding import by_batch
 
 BUCKETS = 64
 
@@ -66,7 +67,7 @@ class ItemEncoder(nnx.Module):
                 events.feedback.astype(dtype) @ self.feature["feedback"].embedding[...].astype(dtype)[:labels]
             ),
         }
-        return jnp.concatenate([item, *(embed[name]() for name in self.features)], axis=-1)
+        return by_batch(jnp.concatenate([item, *(embed[name]() for name in self.features)], axis=-1))
 
 
 class QFormer(nnx.Module):
@@ -85,15 +86,15 @@ class QFormer(nnx.Module):
         self.ffn = nnx.List([FeedForward(d, config.ffn_hidden, rngs) for _ in range(layers)])
 
     def __call__(self, events_BxLxD: Array, valid_BxL: Array) -> Array:
-        v = self.input_norm(events_BxLxD)
+        v = by_batch(self.input_norm(events_BxLxD))
         h = jnp.broadcast_to(self.queries[...].astype(v.dtype), (v.shape[0], *self.queries.shape))
         # a request with no lifelong event attends to blanks; its tokens are masked out of the context instead
         mask = (valid_BxL | ~jnp.any(valid_BxL, axis=-1, keepdims=True))[:, None, :]
         for attention, query_norm, ffn_norm, ffn in zip(
             self.attention, self.query_norm, self.ffn_norm, self.ffn, strict=True
         ):
-            h = h + attention(query_norm(h), *attention.keys_values(v), mask)
-            h = h + ffn(ffn_norm(h))
+            h = by_batch(h + attention(query_norm(h), *attention.keys_values(v), mask))
+            h = by_batch(h + ffn(ffn_norm(h)))
         return h
 
 

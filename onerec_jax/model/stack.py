@@ -14,8 +14,10 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.model.layers import FeedForward, dropout, remat
 from onerec_jax.model.moe import MoE
 from onerec_jax.model.moe.router import Routed, nothing_routed
+from onerec_jax.parallel.mesh import platform
+from onerec_jax.parallel.sharding import by_batch, in_place
 
-# A rolled scan keeps compile time flat in depth; a short one is unrolled, because a CPU otherwise spends three times the
+# A rolled scan keeps compile time flat in depth; a short one is unrolled on a CPU, which otherwise spends three times the
 # matmuls' time on moving residuals in and out of the loop.
 UNROLLED = 4
 
@@ -74,20 +76,23 @@ class Stack(nnx.Module):
 
         def body(x: Array, step: Any):
             params, bias, key, extra = step
+            x = by_batch(x)
             keys = [None] * self.every if key is None else jax.random.split(key, self.every)
             routed, outs = nothing_routed(bias.shape[-1]), []
-            for i, block in enumerate(nnx.merge(graph, params).blocks):
+            for i, block in enumerate(nnx.merge(graph, in_place(params)).blocks):
                 x, block_routed, out = per_block(block, x, bias, keys[i], jax.tree.map(lambda a: a[i], extra))  # noqa: B023
                 routed = routed if block_routed is None else block_routed
                 outs.append(out)
             return x, (routed, jax.tree.map(lambda *a: jnp.stack(a), *outs))
 
         keys = None if key is None else jax.random.split(key, self.size)
-        unroll = self.size if self.size <= UNROLLED else 1
-        x, (routed, outs) = jax.lax.scan(remat(body, self.policy), x, (params, bias_GxE, keys, xs), unroll=unroll)
+        unroll = self.size if self.size <= UNROLLED and platform() == "cpu" else 1
+        x, (routed, outs) = jax.lax.scan(
+            remat(body, self.policy), x, (params.to_pure_dict(), bias_GxE, keys, xs), unroll=unroll
+        )
         return x, routed, outs
 
 
 def residual(x: Array, y: Array, rate: float, key: Array | None, part: int) -> Array:
     """x + dropout(y), with a key of its own per sub-layer."""
-    return x + dropout(y, rate, None if key is None else jax.random.fold_in(key, part))
+    return by_batch(x + dropout(by_batch(y), rate, None if key is None else jax.random.fold_in(key, part)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -56,12 +58,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(placed, AXES, axis_types=types)
 
 
+_platform = contextvars.ContextVar("platform", default="")
+
+
+def platform() -> str:
+    """What is being compiled for: the platform of the mesh of `use_mesh`, else JAX's default one; cpu, gpu or tpu."""
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Everything traced within is for this mesh, whose devices need not be of this machine."""
+    before = _platform.set(mesh.devices.flat[0].platform)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _platform.reset(before)
+
+
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, called and traced under the mesh: what a jitted function with experts needs, to keep them where they are."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh):
             return function(*arguments)
 
     return run

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from onerec_jax.errors import InputError
@@ -134,6 +135,28 @@ def check_sharded(tree: Any, mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis of every batch array, over all data-parallel devices."""
     return NamedSharding(mesh, PartitionSpec(LAYOUT["batch"]))
+
+
+def in_place(params: Any) -> Any:
+    """Parameters as they are on the mesh of `jax.set_mesh`, so that their gradients are summed straight into the same places."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, partition_spec(path_name(path), leaf.shape, mesh)),
+        params,
+    )
+
+
+def by_batch(x: Array) -> Array:
+    """`x` [B,..] with B over the data axes of `jax.set_mesh` and all else whole: activations stay where their requests are.
+
+    Without it the partitioner may split them as the weights are, and gather them whole at every product.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2 or x.shape[0] % math.prod(mesh.shape[axis] for axis in LAYOUT["batch"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(LAYOUT["batch"]))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -15,6 +15,7 @@ from onerec_jax.config import MoEConfig
 from onerec_jax.model.moe.ragged import ragged_experts
 from onerec_jax.model.moe.reference import reference_experts
 from onerec_jax.model.moe.tiles import tiled_experts
+from onerec_jax.parallel.mesh import platform
 
 Experts = Callable[[Array, Array, Array, Array, Array, Array], Array]  # x, chosen, gates, gate, up, down -> y
 
@@ -23,7 +24,7 @@ def backend_name(config: MoEConfig) -> str:
     """`auto` resolved: tiles on a CPU, tokamax where it is installed, else ragged."""
     if config.backend != "auto":
         return config.backend
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return "tiles"
     return "tokamax" if importlib.util.find_spec("tokamax") else "ragged"
 
