@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from typing import Annotated, Any
 
@@ -52,6 +54,36 @@ def count(recipe: RecipeName, overrides: Overrides = None) -> None:
     for name, value in counts.items():
         table.add_row(name, f"{value:,}", notes[name])
     say(table)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    topology: Annotated[str, typer.Option(help="the TPU slice, such as v5p:8x8x8, v5e:4x4 or v6e:8x8")],
+    overrides: Overrides = None,
+    step: Annotated[str, typer.Option(help="train, or decode: one beam search")] = "train",
+    batch: Annotated[int, typer.Option(help="requests of a step on all chips, 0 = the recipe's", min=0)] = 0,
+    largest: Annotated[bool, typer.Option(help="also search the largest batch that fits, by model.remat")] = False,
+    thorough: Annotated[bool, typer.Option(help="compile as for a real run, several times as long")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Compile a recipe's step for a TPU slice, here, and say what it needs: memory, FLOPs, traffic, collectives, bounds."""
+    import json
+
+    from onerec_jax.plan.largest_batch import largest_batches
+    from onerec_jax.plan.plan import make_plan
+    from onerec_jax.plan.report import comparison, tables
+
+    loaded = load_recipe(recipe, overrides or [])
+    found = make_plan(loaded, topology, batch, step, thorough=thorough)
+    search = largest_batches(loaded, topology, found.ways, thorough=thorough) if largest else {}
+    if as_json:
+        others = {policy: other and other.to_json() for policy, other in search.items()}
+        print(json.dumps({**found.to_json(), **({"largest": others} if largest else {})}, indent=1))
+        return
+    say(tables(found))
+    if largest:
+        say(comparison(search))
 
 
 @app.command()
@@ -180,8 +212,13 @@ def board(
     say(f"board: {folder / 'board.html'}")
 
 
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+
+
 def main() -> None:
     """Entry point of the `onerec` command."""
+    if not any(glob.glob(pattern) for pattern in ACCELERATORS):  # else JAX asks libtpu, which complains at length
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         app()
     except InputError as error:

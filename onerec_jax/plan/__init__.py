@@ -1,1 +1,1 @@
-"""What a compiled step needs of a machine that nobody has to own: its traffic."""
+"""What a step costs on a machine that nobody has to own: memory, FLOPs, traffic, collectives, bounds."""

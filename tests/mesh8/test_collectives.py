@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from onerec_jax.config import MeshConfig
 from onerec_jax.parallel.mesh import make_mesh
-from onerec_jax.plan.collectives import Collective, collectives, shape_bytes
+from onerec_jax.plan.collectives import Collective, collectives
+from onerec_jax.plan.program import array_bytes, read
 
 SPEC = PartitionSpec(("data", "tensor"), None)
 
@@ -18,7 +19,7 @@ def _of(function, *shapes: tuple[int, ...]) -> list[Collective]:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, SPEC)) for shape in shapes]
-    return collectives(jax.jit(mapped).lower(*arrays).compile().as_text(), mesh)
+    return collectives(read(jax.jit(mapped).lower(*arrays).compile().as_text()), mesh)
 
 
 @pytest.mark.parametrize(
@@ -54,5 +55,5 @@ def test_a_program_without_any_has_none():
 
 
 def test_bytes_of_a_shape():
-    assert shape_bytes("(bf16[3,4]{1,0}, s32[], pred[5]{0})") == [24, 4, 5]
-    assert sum(shape_bytes("f32[0,4]")) == 0
+    assert array_bytes("(bf16[3,4]{1,0}, s32[], pred[5]{0})") == [24, 4, 5]
+    assert sum(array_bytes("f32[0,4]")) == 0

@@ -1,0 +1,72 @@
+"""What is read from a compiled program's text."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from onerec_jax.plan.program import array_bytes, read
+from onerec_jax.plan.traffic import traffic
+
+# as a TPU compiler in a hurry writes it: no known_trip_count, all-reduce and slice in one fusion, arrays kept on the chip
+TEXT = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%sliced (stack: f32[4,8,128], i: s32[]) -> f32[8,128] {
+  %stack = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %one = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%one)
+}
+
+%body (state: (s32[], f32[4,8,128])) -> (s32[], f32[4,8,128]) {
+  %state = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %step = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %all = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%state), index=1
+  %slice = f32[8,128]{1,0:T(8,128)S(1)} fusion(%all, %step), kind=kLoop, calls=%sliced
+  %out = f32[8,128]{1,0:T(8,128)} copy(%slice)
+  ROOT %next = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) tuple(%step, %all)
+}
+
+%condition (state: (s32[], f32[4,8,128])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %step.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %bound = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[]{:T(512)} compare(%step.1, %bound), direction=LT
+}
+
+ENTRY %main (given: (s32[], f32[4,8,128])) -> (s32[], f32[4,8,128]) {
+  %given = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) while(%given), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_runs_as_often_as_its_condition_says():
+    runs = {instruction.name: times for _, instruction, times in read(TEXT).executed()}
+    assert (runs["loop"], runs["slice"], runs["one"], runs["out"]) == (1, 4, 4, 4)
+    assert "sum" not in runs, "what reductions apply to single numbers is not run by itself"
+
+
+def test_traffic_is_the_slice_of_a_stack_and_what_is_written_to_main_memory():
+    slice_bytes = 8 * 128 * 4
+    index = 4  # read from main memory beside the stack
+    assert traffic(read(TEXT)) == 4 * (slice_bytes + index) + 4 * slice_bytes  # fusion reads, copy writes
+
+
+def test_bytes_of_a_shape_with_and_without_what_stays_on_the_chip():
+    shape = "(bf16[3,4]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, pred[5]{0})"
+    assert array_bytes(shape) == [24, 4, 5]
+    assert array_bytes(shape, main_memory=True) == [4, 5]
+
+
+def test_traffic_of_a_real_program_is_what_it_must_read_and_write():
+    x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    program = read(jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile().as_text())
+    assert traffic(program) == 2 * 256 * 512 * 4

@@ -1,0 +1,63 @@
+"""The plans that the project keeps: big recipes on TPU slices, compiled on this machine (`onerec plan` makes any other).
+
+    python tools/aot_plan.py                     all of them into tests/golden/plans/, a minute or three each
+    python tools/aot_plan.py 2.633b              those with this in their names
+
+`tests/plan/test_kept_plans.py` holds what they must: all fit, nothing moves a whole table or all experts, FLOPs a chip stay the same
+from 64 to 1024 chips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden" / "plans"
+TABLE = ("model.author_rows=1000000000", "model.author_dim=64")
+BIG = ("mesh.fsdp=8", "mesh.expert=8")
+
+# name: recipe, topology, requests a chip, step, settings
+PLANS: dict[str, tuple[str, str, int, str, tuple[str, ...]]] = {
+    "quickstart_v5e_2x2": ("quickstart", "v5e:2x2", 32, "train", ("mesh.fsdp=4",)),
+    "0.935b_v5e_4x4": ("onerec_0.935b", "v5e:4x4", 32, "train", ("mesh.fsdp=2", "mesh.expert=8")),
+    "0.935b_v5p_4x4x4": ("onerec_0.935b", "v5p:4x4x4", 64, "train", BIG),
+    "0.935b_v5p_8x8x16": ("onerec_0.935b", "v5p:8x8x16", 64, "train", BIG),
+    "0.935b_v6e_8x8": ("onerec_0.935b", "v6e:8x8", 64, "train", BIG),
+    "0.935b_v6e_8x8_decode": ("onerec_0.935b", "v6e:8x8", 4, "decode", ("mesh.expert=8",)),
+    "2.633b_v5p_4x4x8": ("onerec_2.633b", "v5p:4x4x8", 64, "train", BIG),
+    "2.633b_v5p_8x8x16": ("onerec_2.633b", "v5p:8x8x16", 64, "train", BIG),
+    "2.633b_table_v5p_8x8x16": ("onerec_2.633b", "v5p:8x8x16", 64, "train", (*BIG, *TABLE)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="", help="a part of the names of those to make")
+    given = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from onerec_jax.plan.plan import make_plan
+    from onerec_jax.plan.report import tables
+    from onerec_jax.recipe import load_recipe
+
+    console = Console(width=120)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, (recipe, topology, each, step, settings) in PLANS.items():
+        if given.name not in name:
+            continue
+        started = time.perf_counter()
+        chips = 1
+        for side in topology.split(":")[1].split("x"):
+            chips *= int(side)
+        plan = make_plan(load_recipe(recipe, list(settings)), topology, each * chips, step)
+        (FOLDER / f"{name}.json").write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+        console.print(tables(plan))
+        console.print(f"{name}: {time.perf_counter() - started:.0f} s to compile and read")
+
+
+if __name__ == "__main__":
+    main()
