@@ -3,7 +3,7 @@
     python tools/aot_plan.py                     all of them into tests/golden/plans/, a minute or three each
     python tools/aot_plan.py 2.633b              those with this in their names
 
-`tests/plan/test_kept_plans.py` holds what they must: all fit, nothing moves a whole table or all experts, FLOPs a chip stay the same
+`tests/plan/test_kept_plans.py` holds what they must: all fit, nothing moves a whole table or all experts, FLOPs a chip stay equal
 from 64 to 1024 chips.
 """
 

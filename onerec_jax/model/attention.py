@@ -14,15 +14,23 @@ from onerec_jax.model.layers import Linear, RMSNorm
 from onerec_jax.parallel.mesh import platform
 
 
+def attention_name(implementation: str) -> str:
+    """`auto` resolved: head by head on a CPU, else fused."""
+    if implementation != "auto":
+        return implementation
+    return "heads" if platform() == "cpu" else "fused"
+
+
 def attend(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: Array | None, implementation: str) -> Array:
     """softmax(q k^T / sqrt(K)) v over the keys that `mask` [B or 1, Q or 1, N] shows; returns [B,Q,H,K].
 
     Every query must see at least one key: the static token and the first position always are visible.
     """
-    if implementation == "heads" or (implementation == "auto" and platform() == "cpu"):
+    implementation = attention_name(implementation)
+    if implementation == "heads":
         visible = jnp.ones((1, 1, k_BxNxHxK.shape[1]), bool) if mask is None else mask
         return attend_by_head(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, visible)
-    if implementation in ("fused", "auto"):
+    if implementation == "fused":
         return jax.nn.dot_product_attention(
             q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, mask=None if mask is None else mask[:, None, :, :]
         )

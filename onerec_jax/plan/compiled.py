@@ -110,7 +110,7 @@ def abstract_trie(recipe: Recipe, vocabulary: Vocabulary, mesh: Mesh) -> DeviceT
     """Shapes of a trie of one semantic ID per item, spread as evenly as its codes allow."""
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
 
     nodes, branching = [1], []
