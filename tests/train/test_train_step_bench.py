@@ -40,7 +40,7 @@ def _others() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     brought = {"rich", "tensorstore", "scipy"}
     names = {name for name in project["dependencies"] if name.split(">")[0] not in {n.split(">")[0] for n in NEEDED}}
-    return ",".join(sorted(IMPORTED_AS.get(name, name) for name in names - brought) + ["tokamax"])
+    return ",".join([*sorted(IMPORTED_AS.get(name, name) for name in names - brought), "tokamax"])
 
 
 def test_it_runs_with_little_installed_and_prints_a_row():

@@ -101,7 +101,7 @@ def measure(recipe: Recipe, steps: int, profile: str) -> dict[str, object]:
         state, metrics = step(state, batches[i % 2], trie)
     jax.block_until_ready(state)
     seconds = []
-    for part in range(3):  # the host runs ahead within a part, as in training
+    for _part in range(3):  # the host runs ahead within a part, as in training
         started = time.perf_counter()
         for i in range(steps):
             state, metrics = step(state, batches[i % 2], trie)
