@@ -36,7 +36,7 @@ def test_touched_rows_equal_a_dense_reference_and_the_others_keep_every_bit():
             ]
             return sum(jnp.sum(jnp.sin(u * 3)) for u in used) + jnp.sum(gathered["user"][local.user[:, 0]] ** 3)
 
-        tables = update_tables(tables, touched, jax.grad(loss)(gathered), rate)
+        tables, _ = update_tables(tables, touched, jax.grad(loss)(gathered), rate)
         dense = {name: np.zeros(shape) for name, shape in shapes.items()}
         for events in (batch.short, batch.positive):
             ids = events.item[events.item >= 0]
