@@ -14,7 +14,7 @@ from onerec_jax.config.data import (
 )
 from onerec_jax.config.evaluate import EvaluateConfig
 from onerec_jax.config.experiment import Recipe, digest_of
-from onerec_jax.config.model import ModelConfig, MoEConfig
+from onerec_jax.config.model import ModelConfig, MoEConfig, TablesConfig
 from onerec_jax.config.section import Section, setting
 from onerec_jax.config.tokenizer import (
     RQVAE,
@@ -54,6 +54,7 @@ __all__ = [
     "SimulatorSource",
     "Source",
     "SplitConfig",
+    "TablesConfig",
     "TokenizerConfig",
     "TrainConfig",
     "digest_of",

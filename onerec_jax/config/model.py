@@ -40,6 +40,30 @@ class MoEConfig(Section):
     tile: int = setting(64, "rows per tile of the tiles backend", ge=1)
 
 
+class TablesConfig(Section):
+    """Id tables: items, authors and users, where the model has them."""
+
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "type of the rows; bfloat16 halves them and rounds every update stochastically, right in the mean"
+    )
+    evict_after: int = setting(
+        0,
+        "a row that no step has touched for more than so many starts anew, fresh, when its id comes back; 0 = never",
+        ge=0,
+    )
+    admit_after: int = setting(
+        0,
+        "rows read as zero and learn nothing until their id has been in so many steps; 0 = from the first on",
+        ge=0,
+        le=255,
+    )
+
+    @property
+    def optional(self) -> bool:
+        """Whether anything is asked for beyond float32 rows that stay."""
+        return self != TablesConfig()
+
+
 class ModelConfig(Section):
     """Four-pathway encoder and point-wise decoder (REFERENCE 1.2-1.4)."""
 
@@ -104,6 +128,7 @@ class ModelConfig(Section):
     remat: Literal["none", "dots", "block"] = setting(
         "none", "recompute in the backward pass: nothing, all but matmuls, blocks"
     )
+    tables: TablesConfig = TablesConfig()
     moe: MoEConfig = MoEConfig()
 
     @property
@@ -163,6 +188,12 @@ class ModelConfig(Section):
                     raise ValueError(
                         f"model.moe.every {self.moe.every} must divide the {layers} layers of each MoE stack"
                     )
+        item_table = self.item_input != "sid" and self.head == "codes"
+        if self.tables.optional and not (item_table or self.user_id or "author" in self.event_features):
+            raise ValueError(
+                "model.tables is of id tables and this model has none: it needs user_id, author among event_features, or "
+                "item_input id or both with head codes"
+            )
         if self.causal and (self.positive_length or self.lifelong_length or not self.short_length):
             raise ValueError(
                 "model.causal needs short_length > 0 and positive_length = lifelong_length = 0: "

@@ -22,6 +22,7 @@ from onerec_jax.model.batch import Batch
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.onerec import Model, OneRec
 from onerec_jax.model.prefixes import DeviceTrie, children, legal_log_softmax
+from onerec_jax.model.table_rows import Table
 from onerec_jax.tokenizer.trie import Trie
 
 
@@ -102,14 +103,14 @@ def _search(module: OneRec, context: Context, bias: dict[str, Array], trie: Devi
 
 
 def make_beam_search(model: Model, width: int, *, free: bool = False) -> Callable[..., Beams]:
-    """A jitted search: (params, table rows, bias, batch, trie) -> `width` beams per request, best first.
+    """A jitted search: (params, tables, bias, batch, trie) -> `width` beams per request, best first.
 
     Fewer beams come back where fewer exist. `free` ignores the trie: what the model says without its help.
     """
 
     @jax.jit
-    def search(params: Any, rows: dict[str, Array], bias: dict[str, Array], batch: Batch, trie: DeviceTrie) -> Beams:
-        context = model.encode(params, rows, bias, batch)
+    def search(params: Any, tables: dict[str, Table], bias: dict[str, Array], batch: Batch, trie: DeviceTrie) -> Beams:
+        context = model.encode(params, tables, bias, batch)
         module = model.bind(params)
         beams = _search(module, context, bias, None if free else trie, width)
         if free or module.head is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.progress import track
 
 from onerec_jax.config import Recipe
@@ -23,7 +24,7 @@ from onerec_jax.generate.ranking import Ragged, rank
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie, device_trie, legal_log_probabilities
-from onerec_jax.parallel.mesh import data_parallel, make_mesh
+from onerec_jax.parallel.mesh import data_parallel, make_mesh, on_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.state import TrainState
@@ -42,17 +43,16 @@ class Recommender:
     model: Model
     state: TrainState
 
-    @property
-    def rows(self) -> dict[str, jax.Array]:
-        return {name: table["rows"] for name, table in self.state.tables.items()}
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return make_mesh(self.recipe.mesh)
 
     def _batches(self, examples: np.ndarray, size: int, inference: int = 0) -> Iterator[tuple[int, int, Batch]]:
         """(first example, how many are real, batch) with contexts that end at each example's cut.
 
         Every `inference` but the first leaves some events out.
         """
-        mesh = make_mesh(self.recipe.mesh)
-        ways = data_parallel(mesh)
+        ways = data_parallel(self._mesh)
         size = -(-min(size, max(1, len(examples))) // ways) * ways
         for first in range(0, len(examples), size):
             part = examples[first : first + size]
@@ -61,7 +61,7 @@ class Recommender:
             if inference:
                 rng = np.random.default_rng((self.recipe.seed, inference, first))
                 batch = leave_out(batch, self.recipe.evaluate.left_out, rng)
-            yield first, len(part), put_batch(batch, mesh)
+            yield first, len(part), put_batch(batch, self._mesh)
 
     def recommend(
         self, examples: np.ndarray, seen: Ragged | None, k: int, *, progress: bool = False
@@ -92,7 +92,7 @@ class Recommender:
         batches = self._batches(examples, settings.batch_size, inference)
         total = -(-len(examples) // settings.batch_size)
         for first, count, batch in track(batches, "beam search", total, disable=not progress, transient=True):
-            beams = self._search(self.state.params, self.rows, self.state.bias, batch, self._trie)
+            beams = self._search(self.state.params, self.state.tables, self.state.bias, batch, self._trie)
             leaf, score = np.asarray(beams.leaf)[:count], np.asarray(beams.score)[:count]
             part = slice(first, first + count)
             exclude = slice_ragged(seen, part)
@@ -132,7 +132,7 @@ class Recommender:
             target_weight=np.ones(items_BxJ.shape, np.float32),
             visible=np.repeat(np.asarray(batch.visible)[:, :1], items_BxJ.shape[1], axis=1),
         )
-        return np.asarray(self._score_codes(self.state.params, self.rows, self.state.bias, batch, self._trie))
+        return np.asarray(self._score_codes(self.state.params, self.state.tables, self.state.bias, batch, self._trie))
 
     @functools.cached_property
     def _trie(self) -> DeviceTrie:
@@ -140,11 +140,11 @@ class Recommender:
 
     @functools.cached_property
     def _score_codes(self) -> Callable[..., jax.Array]:
-        """(params, rows, bias, batch, trie) -> log P of every target [B,T], the sum over its codes."""
+        """(params, tables, bias, batch, trie) -> log P of every target [B,T], the sum over its codes."""
 
         @jax.jit
-        def score(params, rows, bias, batch: Batch, trie: DeviceTrie):
-            local, _ = self.model.localise(batch, touched_only=False)
+        def score(params, tables, bias, batch: Batch, trie: DeviceTrie):
+            local, rows = self.model.read(tables, batch)
             logits, _ = self.model.bind(params)(local, rows, bias, None, trie)
             if self.recipe.model.softmax == "legal":
                 levels = [log_p for log_p, _ in legal_log_probabilities(logits, batch.targets, trie)]
@@ -153,22 +153,22 @@ class Recommender:
             own = [jnp.take_along_axis(p, batch.targets[..., i, None], axis=-1) for i, p in enumerate(levels)]
             return jnp.sum(jnp.concatenate(own, axis=-1), axis=-1)
 
-        return score
+        return on_mesh(self._mesh, score)
 
     @functools.cached_property
     def _search(self) -> Callable[..., Beams]:
         """Compiled once, however many inferences follow."""
-        return make_beam_search(self.model, self.recipe.evaluate.beam_width)
+        return on_mesh(self._mesh, make_beam_search(self.model, self.recipe.evaluate.beam_width))
 
     @functools.cached_property
     def _score_all(self) -> Callable[..., jax.Array]:
-        """(params, rows, bias, batch, trie) -> log P of every item [B,I] by the item head."""
+        """(params, tables, bias, batch, trie) -> log P of every item [B,I] by the item head."""
 
         @jax.jit
-        def score(params, rows, bias, batch: Batch, trie: DeviceTrie):
-            return self.model.item_scores(params, batch, self.model.encode(params, rows, bias, batch), trie)
+        def score(params, tables, bias, batch: Batch, trie: DeviceTrie):
+            return self.model.item_scores(params, batch, self.model.encode(params, tables, bias, batch), trie)
 
-        return score
+        return on_mesh(self._mesh, score)
 
     def _corrected(self, log_p_BxI: np.ndarray) -> np.ndarray:
         """The item head's log-probabilities, corrected where `evaluate.label_shift_days` asks for it."""
@@ -186,7 +186,7 @@ class Recommender:
         examples = np.stack([chosen, ends, ends, ends], axis=1)[ends > 0]
         total = np.zeros(self.dataset.num_items)
         for _, count, batch in self._batches(examples, settings.batch_size):
-            found = self._score_all(self.state.params, self.rows, self.state.bias, batch, self._trie)
+            found = self._score_all(self.state.params, self.state.tables, self.state.bias, batch, self._trie)
             total += np.exp(np.asarray(found)[:count], dtype=np.float64).sum(axis=0)
         own = np.maximum(total / len(examples), np.finfo(np.float32).tiny)
         return label_shift(
@@ -202,7 +202,7 @@ class Recommender:
         for first, count, batch in track(
             self._batches(examples, size, inference), "scoring", total, disable=not progress, transient=True
         ):
-            given = (self.state.params, self.rows, self.state.bias, batch, self._trie)
+            given = (self.state.params, self.state.tables, self.state.bias, batch, self._trie)
             found = self._corrected(np.asarray(self._score_all(*given))[:count])
             items.append(rank(found, slice_ragged(seen, slice(first, first + count)), k))
             best = np.take_along_axis(found, np.maximum(items[-1], 0), axis=1)
@@ -211,10 +211,10 @@ class Recommender:
 
     def legality(self, examples: np.ndarray) -> float:
         """Share of unconstrained beams whose semantic ID belongs to an item."""
-        search = make_beam_search(self.model, self.recipe.evaluate.beam_width, free=True)
+        search = on_mesh(self._mesh, make_beam_search(self.model, self.recipe.evaluate.beam_width, free=True))
         legal = beams_seen = 0
         for _, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
-            beams = search(self.state.params, self.rows, self.state.bias, batch, self._trie)
+            beams = search(self.state.params, self.state.tables, self.state.bias, batch, self._trie)
             codes = np.asarray(beams.codes)[:count].reshape(-1, self.ids.codes.shape[1])
             legal += int((self.ids.trie.find(codes) >= 0).sum())
             beams_seen += len(codes)

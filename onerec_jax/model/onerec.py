@@ -22,7 +22,8 @@ from onerec_jax.model.item_head import ItemHead
 from onerec_jax.model.layers import CodeEmbedding
 from onerec_jax.model.moe.router import Routed
 from onerec_jax.model.prefixes import DeviceTrie
-from onerec_jax.model.tables import init_tables, localise, table_shapes
+from onerec_jax.model.table_rows import Table
+from onerec_jax.model.tables import gather, init_tables, localise, table_shapes
 
 
 class Outputs(NamedTuple):
@@ -119,12 +120,16 @@ class Model:
         return nnx.merge(self.graph, params)
 
     def localise(self, batch: Batch, *, touched_only: bool) -> tuple[Batch, dict[str, Array | None]]:
-        return localise(batch, self.tables, self.vocabulary, touched_only=touched_only)
+        return localise(batch, self.tables, self.vocabulary, self.config.tables, touched_only=touched_only)
 
-    def encode(self, params: Any, rows: dict[str, Array], bias: dict[str, Array], batch: Batch) -> Context:
-        """Contexts in evaluation mode; `rows` are whole tables."""
-        batch, _ = self.localise(batch, touched_only=False)
-        return self.bind(params).encode(batch, rows, bias, None)[0]
+    def read(self, tables: dict[str, Table], batch: Batch) -> tuple[Batch, dict[str, Array]]:
+        """The batch and the rows of its ids, for a forward pass in evaluation mode."""
+        batch, touched = self.localise(batch, touched_only=False)
+        return batch, gather(tables, touched, self.config.tables)
+
+    def encode(self, params: Any, tables: dict[str, Table], bias: dict[str, Array], batch: Batch) -> Context:
+        """Contexts in evaluation mode."""
+        return self.bind(params).encode(*self.read(tables, batch), bias, None)[0]
 
     def item_scores(self, params: Any, batch: Batch, context: Context, trie: DeviceTrie | None) -> Array:
         """log P of every item [B,I] by the item head, from contexts of `encode`."""
@@ -136,7 +141,7 @@ class Model:
     def init(self, seed: int) -> tuple[Any, dict[str, dict[str, Array]]]:
         """Fresh parameters (plain nested dict, float32) and id tables."""
         params = nnx.split(OneRec(self.config, self.vocabulary, nnx.Rngs(params=seed)))[1].to_pure_dict()
-        return params, init_tables(self.tables, jax.random.fold_in(jax.random.key(seed), 1))
+        return params, init_tables(self.tables, jax.random.fold_in(jax.random.key(seed), 1), self.config.tables)
 
     def init_bias(self) -> dict[str, Array]:
         """Zero balancing biases [G,E] of both stacks; a stack without experts has one idle column."""

@@ -13,6 +13,7 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.data.schema import ItemFeatures, Vocabulary
 from onerec_jax.model.attention import Attention
 from onerec_jax.model.layers import CodeEmbedding, Embedding, FeedForward, PathwayMLP, RMSNorm
+from onerec_jax.model.tables import lookup
 from onerec_jax.parallel.sharding import by_batch
 
 BUCKETS = 64
@@ -56,9 +57,9 @@ class ItemEncoder(nnx.Module):
         if codes is not None and self.item_input in ("sid", "both"):
             item = codes.item(events.codes, dtype)
         if self.item_input in ("id", "both"):
-            item = item + jnp.take(rows["item"].astype(dtype), events.item, axis=0)
+            item = item + lookup(rows["item"], events.item, dtype)
         embed = {
-            "author": lambda: jnp.take(rows["author"].astype(dtype), events.author, axis=0),
+            "author": lambda: lookup(rows["author"], events.author, dtype),
             "tag": lambda: self.feature["tag"](events.tag, dtype),
             "age": lambda: self.feature["age"](bucket(events.age_s), dtype),
             "playtime": lambda: self.feature["playtime"](bucket(events.playtime_s), dtype),
@@ -108,7 +109,7 @@ class StaticPathway(nnx.Module):
         self.mlp = PathwayMLP(max(1, width), config.pathway_hidden or 2 * config.d_model, config.d_model, rngs)
 
     def __call__(self, user_Bx1F: Array, rows: dict[str, Array], dtype: jnp.dtype) -> Array:
-        parts = [jnp.take(rows["user"].astype(dtype), user_Bx1F[:, 0], axis=0)] if self.user_id else []
+        parts = [lookup(rows["user"], user_Bx1F[:, 0], dtype)] if self.user_id else []
         parts += [table(user_Bx1F[:, 1 + i], dtype) for i, table in enumerate(self.features)]
         f = jnp.concatenate(parts, axis=-1) if parts else jnp.ones((user_Bx1F.shape[0], 1), dtype)
         return self.mlp(f)[:, None, :]

@@ -39,7 +39,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(position|queries)", (None, "embed")),
     (r"decoder/bos", (None,)),
     (r"tables/\w+/rows", ("rows", None)),
-    (r"tables/\w+/accumulator", ("rows",)),
+    (r"tables/\w+/(accumulator|last_step|appearances)", ("rows",)),
     (r"bias/(encoder|decoder)", (None, None)),
     (r"(step|count)", ()),
     (r"ns_coeffs", (None,)),  # of Muon
@@ -53,7 +53,7 @@ LAYOUT: dict[str | None, tuple[str, ...]] = {
     "hidden": ("tensor",),
     "expert": ("expert",),
     "codes": ("tensor",),
-    "rows": ("fsdp", "expert", "tensor"),
+    "rows": ("data", "fsdp", "expert", "tensor"),
     "batch": ("data", "fsdp", "expert"),
     None: (),
 }

@@ -153,14 +153,15 @@ def lower_train_step(recipe: Recipe, model: Model, mesh: Mesh, batch_size: int) 
 
 
 def lower_decode_step(recipe: Recipe, model: Model, mesh: Mesh, batch_size: int) -> tuple[Any, TrainState]:
-    """One beam search, encoder and all, ready to be compiled; of the state only parameters, table rows and biases."""
+    """One beam search, encoder and all, ready to be compiled; of the state only parameters, tables and biases."""
     check_batch(mesh, batch_size, 1)
     state = abstract_state(model, make_optimizer(recipe.train), mesh)
-    rows = {name: table["rows"] for name, table in state.tables.items()}
     search = make_beam_search(model, recipe.evaluate.beam_width)
     batch = abstract_batch(recipe, model.vocabulary, batch_size, mesh)
     with use_mesh(mesh):
-        lowered = search.lower(state.params, rows, state.bias, batch, abstract_trie(recipe, model.vocabulary, mesh))
+        lowered = search.lower(
+            state.params, state.tables, state.bias, batch, abstract_trie(recipe, model.vocabulary, mesh)
+        )
     return lowered, state
 
 

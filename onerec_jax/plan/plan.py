@@ -210,7 +210,7 @@ def _activations(recipe: Recipe, model: Model, mesh: Mesh, batch: int) -> int:
 
     def pull_back(params: Any, tables: Any, bias: Any, batch: Any, trie: Any) -> Any:
         local, touched = model.localise(batch, touched_only=True)
-        rows = gather(tables, touched)
+        rows = gather(tables, touched, model.config.tables)
         return jax.vjp(lambda p, r: loss(p, r, bias, local, None, trie), params, rows, has_aux=True)[1]
 
     def kept(size: int) -> int:
@@ -233,17 +233,16 @@ def _memory(analysis: Any, state: Any, activations: int, chip: Chip, step: str) 
     def own(tree: Any) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    tables = {name: table if step == "train" else {"rows": table["rows"]} for name, table in state.tables.items()}
     parameters, optimizer = own((state.params, state.bias)), own(state.optimizer) if step == "train" else 0
     activations = min(activations, analysis.temp_size_in_bytes)
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
-        tables=own(tables),
+        tables=own(state.tables),
         batch=analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
         - analysis.alias_size_in_bytes
-        - (parameters + optimizer + own(tables)),
+        - (parameters + optimizer + own(state.tables)),
         activations=activations,
         temporaries=analysis.temp_size_in_bytes - activations,
         code=analysis.generated_code_size_in_bytes,

@@ -21,6 +21,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
+from onerec_jax.model.table_rows import from_step_zero
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import check_sharded, put_batch
@@ -135,7 +136,8 @@ def _other_run(abstract: TrainState, recipe: Recipe) -> dict[str, Any]:
     source, step = parse_run(recipe.train.init_from or "", recipe.runs)
     other = Checkpoints(source)
     try:
-        return other.restore_model(abstract, recipe, step)
+        given = other.restore_model(abstract, recipe, step)
+        return given | {"tables": from_step_zero(given["tables"])}
     finally:
         other.close()
 

@@ -16,7 +16,7 @@ from onerec_jax.model.batch import Batch
 from onerec_jax.model.moe.router import Routed, rebalance
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
-from onerec_jax.model.tables import gather, update_tables
+from onerec_jax.model.tables import gather, this_step, update_tables
 from onerec_jax.parallel.mesh import on_mesh
 from onerec_jax.parallel.sharding import batch_sharding
 from onerec_jax.train.item_loss import item_loss
@@ -103,7 +103,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, trie: DeviceTrie | None = None) -> tuple[TrainState, Metrics]:
         local, touched = model.localise(batch, touched_only=True)
-        rows = gather(state.tables, touched)
+        now = this_step(recipe.seed, state.step)
+        rows = gather(state.tables, touched, model.config.tables, now)
         random = model.config.dropout or train.sampled_items
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if random else None
 
@@ -134,14 +135,15 @@ def make_train_step(
         bias = {
             name: rebalance(b, routed[name].load, balance) if name in routed else b for name, b in state.bias.items()
         }
+        tables, of_tables = update_tables(state.tables, touched, grads[1], train.table_rate, model.config.tables, now)
         new = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer_state,
-            tables=update_tables(state.tables, touched, grads[1], train.table_rate),
+            tables=tables,
             bias=bias,
         )
-        return new, metrics
+        return new, metrics | of_tables
 
     return step
 
@@ -152,7 +154,8 @@ def make_eval_step(model: Model) -> Callable[..., Metrics]:
 
     def step(state: TrainState, batch: Batch, trie: DeviceTrie | None = None) -> Metrics:
         local, touched = model.localise(batch, touched_only=False)
-        return loss(state.params, gather(state.tables, touched), state.bias, local, None, trie)[1][0]
+        rows = gather(state.tables, touched, model.config.tables)
+        return loss(state.params, rows, state.bias, local, None, trie)[1][0]
 
     return step
 

@@ -46,7 +46,7 @@ def _parts(model: Model):
     """Random parameters, with heads and embeddings large enough for distributions that are far from uniform."""
     params, tables = model.init(0)
     params["decoder"]["heads"] = jax.tree.map(lambda x: 3 * x, params["decoder"]["heads"])
-    return params, {name: t["rows"] for name, t in tables.items()}, model.init_bias()
+    return params, tables, model.init_bias()
 
 
 def _all_logits(model: Model, batch, codes_SxC: np.ndarray) -> tuple[jax.Array, ...]:
@@ -60,10 +60,8 @@ def _all_logits(model: Model, batch, codes_SxC: np.ndarray) -> tuple[jax.Array, 
         target_weight=np.ones((b, s), np.float32),
         visible=np.repeat((batch.short.item >= 0).sum(1, keepdims=True), s, axis=1).astype(np.int32),
     )
-    params, rows, bias = _parts(model)
-    logits, _ = jax.jit(
-        lambda batch: model.bind(params)(model.localise(batch, touched_only=False)[0], rows, bias, None)
-    )(tiled)
+    params, tables, bias = _parts(model)
+    logits, _ = jax.jit(lambda batch: model.bind(params)(*model.read(tables, batch), bias, None))(tiled)
     return logits
 
 
@@ -115,8 +113,7 @@ def test_no_beam_of_a_hundred_thousand_is_illegal(model: Model, trie: Trie, cata
     batch = random_batch(model.config, VOCABULARY, batch=400)
     for seed in range(4):
         params, tables = model.init(seed)
-        rows = {name: t["rows"] for name, t in tables.items()}
-        beams = search(params, rows, model.init_bias(), batch, device_trie(trie, model.config))
+        beams = search(params, tables, model.init_bias(), batch, device_trie(trie, model.config))
         codes, leaf = np.asarray(beams.codes).reshape(-1, 3), np.asarray(beams.leaf).reshape(-1)
         assert (leaf >= 0).all()
         assert set(map(tuple, np.unique(codes, axis=0).tolist())) <= known

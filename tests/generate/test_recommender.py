@@ -35,10 +35,10 @@ def scores_by_both(recommender: Recommender, examples: np.ndarray) -> tuple[np.n
     """log P of every item [N,I] by the item head, its vectors written out, and with that by codes added to it."""
     dataset, ids, model = recommender.dataset, recommender.ids, recommender.model
     batch = make_batch(dataset, ids.codes, model.config, examples, 1, frozen=True)
-    params, rows, bias = recommender.state.params, recommender.rows, recommender.state.bias
+    params, tables, bias = recommender.state.params, recommender.state.tables, recommender.state.bias
     module = model.bind(params)
     assert module.head is not None
-    context = module.encode(model.localise(batch, touched_only=False)[0], rows, bias, None)[0]
+    context = module.encode(*model.read(tables, batch), bias, None)[0]
     table, sizes = np.asarray(params["decoder"]["codes"]["embedding"]), ids.codebook_sizes
     first = np.cumsum([0, *sizes[:-1]])
     vectors = np.asarray(params["head"]["items"]["embedding"]) + table[ids.codes + first].sum(axis=1)
@@ -70,7 +70,7 @@ def test_narrow_beams_are_joined_by_the_best_items_of_the_other_head(tiny_recipe
     own, both = scores_by_both(recommender, examples)
     trie, config = recommender.ids.trie, recommender.model.config
     batch = make_batch(recommender.dataset, recommender.ids.codes, config, examples, 1, frozen=True)
-    given = recommender.state.params, recommender.rows, recommender.state.bias
+    given = recommender.state.params, recommender.state.tables, recommender.state.bias
     leaves = np.asarray(make_beam_search(recommender.model, 4)(*given, batch, device_trie(trie, config)).leaf)
     joined = 0
     for n in range(len(examples)):

@@ -149,12 +149,17 @@ def test_every_rule_is_that_of_some_leaf():
     ("mesh", "most"),
     [("fsdp 8", 1.01), ("data 2 x fsdp 2 x tensor 2", 1.01), ("fsdp 2 x expert 2 x tensor 2", 1.15)],
 )
-def test_the_largest_recipe_is_split_over_all_axes_but_data(mesh: str, most: float):
+def test_the_largest_recipe_is_split_over_all_axes_but_data_and_its_tables_over_all(mesh: str, most: float):
     """`most`, in even shares: norms, biases and routers are replicated, and the expert axis splits experts only."""
     shapes = _shapes("onerec_2.633b", "adamw")
     devices = make_mesh(MESHES[mesh])
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    share = total * devices.shape["data"] / devices.size
+
+    def size(tree) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    of_tables = size(shapes.tables) / devices.size
+    assert _bytes_per_device(shapes.tables, shardings(shapes, devices).tables) == of_tables
+    share = of_tables + (size(shapes) - size(shapes.tables)) * devices.shape["data"] / devices.size
     assert share <= _bytes_per_device(shapes, shardings(shapes, devices)) < most * share
 
 
@@ -164,7 +169,8 @@ def test_the_axes_of_an_expert_follow_from_the_two_tables():
     assert spec == PartitionSpec(None, "expert", "fsdp", "tensor")
     odd = partition_spec("params/decoder/stack/groups/moe/up", (3, 5, 32, 16), mesh)
     assert odd == PartitionSpec(None, None, "fsdp", "tensor")
-    assert partition_spec("tables/item/rows", (80, 4), mesh) == PartitionSpec(("fsdp", "expert", "tensor"), None)
+    everyone = ("data", "fsdp", "expert", "tensor")
+    assert partition_spec("tables/item/rows", (80, 4), mesh) == PartitionSpec(everyone, None)
 
 
 def test_a_leaf_without_a_rule_or_with_two_or_of_another_rank_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -43,7 +43,7 @@ def update_alone(rows: int, ids: int) -> tuple[Callable[[int], None], float]:
     def step(tables, touched):
         found = {"item": touched}
         gradients = jax.grad(lambda rows: jnp.sum(jnp.square(rows["item"])))(gather(tables, found))
-        return update_tables(tables, found, gradients, 0.1)
+        return update_tables(tables, found, gradients, 0.1)[0]
 
     compiled = jax.jit(step, donate_argnums=0)
 
