@@ -18,6 +18,7 @@ _APPLIED = re.compile(r"to_apply=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_INDEX = re.compile(r"index=(\d+)")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -64,18 +65,24 @@ class Program:
                 yield from self._executed(called, runs * trips, into_fusions)
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler says, or the only number that its condition compares with; else once."""
+        """How often a loop runs: as the compiler says, or until a counter reaches the number it is compared with; else once."""
         if known := _TRIPS.search(loop.rest):
             return int(known[1])
-        condition = _CONDITION.search(loop.rest)
-        found = self.computations.get(condition[1], []) if condition else []
-        bounds = {
-            int(i.rest.split(")")[0])
-            for i in found
-            if i.kind == "constant" and i.rest.split(")")[0].lstrip("-").isdigit()
-        }
-        compares = [i for i in found if i.kind == "compare" and "direction=LT" in i.rest]
-        return max(1, bounds.pop()) if len(bounds) == 1 and len(compares) == 1 else 1
+        condition, body = (
+            match[1] if match else "" for match in (_CONDITION.search(loop.rest), _BODY.search(loop.rest))
+        )
+        found = {i.name: i for i in self.computations.get(condition, [])}
+        last = next((i for i in found.values() if i.root), None)
+        if last is None or last.kind != "compare" or "direction=LT" not in last.rest:
+            return 1
+        counter, bound = (found.get(name) for name in last.operands[:2])
+        place = _INDEX.search(counter.rest) if counter is not None and counter.kind == "get-tuple-element" else None
+        if place is None or bound is None or bound.kind != "constant":
+            return 1
+        steps = {i.name: i for i in self.computations.get(body, [])}
+        result = next(i for i in steps.values() if i.root).operands
+        advance = steps.get(result[int(place[1])]) if int(place[1]) < len(result) else None
+        return max(1, int(bound.rest.split(")")[0])) if advance is not None and advance.kind == "add" else 1
 
 
 def read(text: str) -> Program:

@@ -31,7 +31,9 @@ TEXT = """HloModule jit_step
   %all = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%state), index=1
   %slice = f32[8,128]{1,0:T(8,128)S(1)} fusion(%all, %step), kind=kLoop, calls=%sliced
   %out = f32[8,128]{1,0:T(8,128)} copy(%slice)
-  ROOT %next = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) tuple(%step, %all)
+  %first = s32[]{:T(128)} constant(1)
+  %more = s32[]{:T(128)} add(%step, %first)
+  ROOT %next = (s32[]{:T(128)}, f32[4,8,128]{2,1,0:T(8,128)}) tuple(%more, %all)
 }
 
 %condition (state: (s32[], f32[4,8,128])) -> pred[] {
@@ -56,8 +58,13 @@ def test_a_loop_runs_as_often_as_its_condition_says():
 
 def test_traffic_is_the_slice_of_a_stack_and_what_is_written_to_main_memory():
     slice_bytes = 8 * 128 * 4
-    index = 4  # read from main memory beside the stack
-    assert traffic(read(TEXT)) == 4 * (slice_bytes + index) + 4 * slice_bytes  # fusion reads, copy writes
+    index, counter = 4, 12  # of the slice; read twice and written
+    assert traffic(read(TEXT)) == 4 * (slice_bytes + index) + 4 * slice_bytes + 4 * counter  # fusion reads, copy writes
+
+
+def test_a_loop_whose_end_is_not_counted_to_counts_once():
+    jumping = TEXT.replace("add(%step, %first)", "multiply(%step, %first)")
+    assert {times for _, instruction, times in read(jumping).executed() if instruction.name == "out"} == {1}
 
 
 def test_bytes_of_a_shape_with_and_without_what_stays_on_the_chip():
