@@ -203,11 +203,15 @@ def board(
     overrides: Overrides = None,
     only: Annotated[str, typer.Option(help="the row of this name, or those whose name contains this")] = "",
     processes: Annotated[int, typer.Option(help="jobs at a time, each on its share of the processors", min=1)] = 1,
+    record: Annotated[str, typer.Option(help="folder of results to go on from, and to keep new ones in")] = "",
 ) -> None:
     """Train and evaluate all rows of a board on all its seeds, or go on where it was stopped."""
+    from pathlib import Path
+
     from onerec_jax.evaluate.board import load_board, run_board
 
-    folder = run_board(load_board(name), overrides or [], only=only, processes=processes, report=say)
+    kept = Path(record) if record else None
+    folder = run_board(load_board(name), overrides or [], only=only, processes=processes, record=kept, report=say)
     say((folder / "board.md").read_text())
     say(f"board: {folder / 'board.html'}")
 

@@ -12,7 +12,12 @@ from onerec_jax.cli import app
 from onerec_jax.recipe import load_recipe, recipe_path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "BENCHMARKS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "launch" / "README.md",
+]
 
 
 def _commands() -> list[list[str]]:

@@ -26,6 +26,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import evaluate_floors
 from onerec_jax.evaluate.jobs import Job, Report, run_jobs
+from onerec_jax.evaluate.record import Record
 from onerec_jax.recipe import CONFIGS, load_recipe
 from onerec_jax.train.metrics import read_metrics
 
@@ -120,12 +121,14 @@ def run_board(
     folder: Path | None = None,
     only: str = "",
     processes: int = 1,
+    record: Path | None = None,
     report: Report = print,
 ) -> Path:
     """Runs what is missing of a board; returns its folder, in which `board.md` and `board.html` hold what there is.
 
     `only` names the row to run, or several by a part of their names; results of others are shown where they are there. Several
-    `processes` share the processors, which is faster than one job at a time on all of them where the models are small.
+    `processes` share the processors, which is faster than one job at a time on all of them where the models are small. Results in
+    the folder `record` are taken as they are, and new ones added to it; the pages are written there too.
 
     Raises:
         InputError: no row of that name; bad settings or data, before anything is trained; a job's own error when its turn comes.
@@ -146,36 +149,49 @@ def run_board(
         floors = evaluate_floors(dataset, shared)
         kept.write_text(json.dumps(dataclasses.asdict(floors), indent=1) + "\n")
     measured = json.loads(kept.read_text())
-    missing = [job for job in planned if job.row in chosen and not job.result.exists()]
+    kept_results = Record(record)
+    missing = [
+        job for job in planned if job.row in chosen and not job.result.exists() and kept_results.find(job) is None
+    ]
     report(f"{len(planned)} jobs, {len(missing)} to run")
-    _write(folder, board, overrides, measured, planned)
+    _write(folder, board, overrides, measured, planned, kept_results)
     for _ in run_jobs(missing, dataset, processes, report):
-        _write(folder, board, overrides, measured, planned)
+        _write(folder, board, overrides, measured, planned, kept_results)
     return folder
 
 
-def _write(folder: Path, board: Board, overrides: Any, floors: dict[str, Any], planned: list[Job]) -> None:
-    """`board.md` and `board.html` of all results there are."""
-    found: dict[str, list[tuple[Job, dict[str, Any]]]] = {row: [] for row in board.rows}
+def _write(
+    folder: Path, board: Board, overrides: Any, floors: dict[str, Any], planned: list[Job], record: Record
+) -> None:
+    """`board.md` and `board.html` of all results there are, and those of them in the record that were not yet."""
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in board.rows}
     for job in planned:
-        if job.result.exists():
-            found[job.row].append((job, json.loads(job.result.read_text())))
+        result = record.find(job)
+        if result is None and job.result.exists():
+            own = json.loads(job.result.read_text())
+            record.add(job, own)
+            result = {**own, "curves": read_metrics(job.training.run_directory)}
+        if result is not None:
+            found[job.row].append(result)
     rows = [Row(name, [metrics], [], [], floor=True) for name, metrics in floors["rows"].items()]
     for name, results in found.items():
         rows.append(
             Row(
                 name,
-                [result["metrics"] for _, result in results],
-                [result["seconds"] for _, result in results if not result["resumed"]],
-                [read_metrics(job.training.run_directory) for job, _ in results],
+                [result["metrics"] for result in results],
+                [result["seconds"] for result in results if not result["resumed"]],
+                [result["curves"] for result in results],
             )
         )
-    devices = sorted(
-        {f"{result['device']}, jax {result['jax']}" for results in found.values() for _, result in results}
-    )
-    command = " ".join(["onerec board", board.name, *overrides])
-    for name, page in (("board.md", markdown), ("board.html", html)):
-        text = page(board.name, floors["protocol"], command, "; ".join(devices), rows)
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(folder / name)
+    devices = sorted({f"{result['device']}, jax {result['jax']}" for results in found.values() for result in results})
+    shown = ["data.source.path=FOLDER" if word.startswith("data.source.path=") else word for word in overrides]
+    command = " ".join(["onerec board", board.name, *shown])
+    for place in (folder, record.folder):
+        if place is None:
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        for name, page in (("board.md", markdown), ("board.html", html)):
+            text = page(board.name, floors["protocol"], command, "; ".join(devices), rows)
+            partial = place / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.rename(place / name)

@@ -22,7 +22,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.generate.load import load_recommender
 from onerec_jax.tokenizer.semantic_ids import fit_and_save
-from onerec_jax.train.loop import Report, pretrain
+from onerec_jax.train.loop import Report, code_revision, pretrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ def run_job(job: Job, dataset: Dataset, report: Report = print) -> dict[str, Any
         "resumed": resumed,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "revision": code_revision(),
     }
     partial = job.result.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")

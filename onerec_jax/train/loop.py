@@ -142,16 +142,19 @@ def _other_run(abstract: TrainState, recipe: Recipe) -> dict[str, Any]:
         other.close()
 
 
+def code_revision() -> str:
+    """The git revision of the code, `unknown` outside of a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
 def _write_config(run: Path, recipe: Recipe) -> None:
     """config.yaml: the resolved recipe under its digest and the git revision of the code."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        revision = found.stdout.strip() or "unknown"
-    except OSError:
-        revision = "unknown"
-    (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {revision}\n{recipe.to_yaml()}")
+    (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {code_revision()}\n{recipe.to_yaml()}")
 
 
 def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh, trie: DeviceTrie | None):

@@ -15,6 +15,7 @@ from onerec_jax.evaluate import jobs as runs
 from onerec_jax.evaluate.board import Board, jobs, load_board, run_board
 from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import Evaluation
+from onerec_jax.evaluate.record import thinned
 from onerec_jax.recipe import CONFIGS
 
 
@@ -144,6 +145,33 @@ def test_rows_can_be_run_one_by_one(small, trained, tmp_path):
     assert " 0.0690 ± " in line_of(table, "**wide**") and " 0.0530 ± " in line_of(table, "**plain**")
     with pytest.raises(InputError, match=r"no row with 'narrow'.*wide, plain"):
         run_board(small, folder=tmp_path / "out", only="narrow")
+
+
+def test_a_board_goes_on_from_a_record_made_elsewhere(small, trained, tmp_path):
+    record = tmp_path / "record"
+    run_board(small, folder=tmp_path / "here", only="wide", record=record, report=lambda line: None)
+    assert sorted(path.name for path in record.iterdir()) == ["board.html", "board.md", "wide_0.json", "wide_1.json"]
+    kept = json.loads((record / "wide_1.json").read_text())
+    assert (kept["row"], kept["seed"], kept["metrics"]) == ("wide", 1, {"R@10": 0.064 + 0.01})
+    assert kept["curves"] == [{"step": 1, "loss": 8}, {"step": 2, "loss": 7}, {"step": 2, "valid/loss": 7.5}]
+    trained.clear()
+    folder = run_board(small, folder=tmp_path / "there", record=record, report=lambda line: None)
+    assert all(width == 48 for width, _ in trained) and len(trained) == 4, "what the record has is not trained again"
+    assert (folder / "board.md").read_text() == (record / "board.md").read_text()
+    assert line_of((folder / "board.md").read_text(), "**wide**").count("±") == 1
+    changed = small.model_copy(update={"rows": {"wide": ("model.ffn_hidden=80",)}})
+    run_board(changed, folder=tmp_path / "changed", record=record, report=lambda line: None)
+    assert {width for width, _ in trained} == {48, 80}, "a record of other settings is no result"
+    assert json.loads((record / "wide_1.json").read_text())["metrics"] == {"R@10": 0.08 + 0.01}
+
+
+def test_curves_are_thinned_to_what_a_chart_shows():
+    lines = [{"step": i, "loss": 1.0 / (i + 1), "other": 3.0} for i in range(1000)] + [
+        {"step": 999, "valid/loss": 0.25}
+    ]
+    found = thinned(lines)
+    assert [line["step"] for line in found if "loss" in line][::58] == [0, 986] and found[-2]["step"] == 999
+    assert found[-1] == {"step": 999, "valid/loss": 0.25} and len(found) <= 61
 
 
 @pytest.mark.parametrize("change", ["data.targets=1", "evaluate.exclude_seen=false"])
