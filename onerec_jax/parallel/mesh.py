@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from onerec_jax.config import MeshConfig
@@ -42,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     types = (AxisType.Auto,) * len(AXES)
     if config.slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        return Mesh(_placed(tuple(sizes), devices), AXES, axis_types=types)
     if sizes[0] % config.slices:
         raise InputError(f"mesh.data {sizes[0]} must be a multiple of mesh.slices {config.slices}")
     within, between = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1, 1)
@@ -64,6 +64,14 @@ _platform = contextvars.ContextVar("platform", default="")
 def platform() -> str:
     """What is being compiled for: the platform of the mesh of `use_mesh`, else JAX's default one; cpu, gpu or tpu."""
     return _platform.get() or jax.default_backend()
+
+
+def _placed(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices in the shape of the mesh; an axis that is no product of sides of the torus (8 in 4 x 4 x 4) takes parts of them."""
+    try:
+        return create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager
