@@ -5,7 +5,7 @@
 
 The numbers of memory, traffic and collectives are those of the compiled program; FLOPs are counted from the config
 (`train.flops`). Times are lower bounds, each as if the other two were free: FLOPs at the chip's peak, bytes at its memory's
-bandwidth, collectives one after the other over one axis of the torus ("How to Scale Your Model", Austin et al. 2025, chapter 3).
+bandwidth, collectives one after the other, each over one axis of the torus at a time ("How to Scale Your Model", Austin et al. 2025, chapter 3).
 """
 
 from __future__ import annotations
@@ -164,22 +164,33 @@ def make_plan(recipe: Recipe, topology: str, batch: int = 0, step: str = "train"
         collectives=found,
         compute_s=(flops + recomputed) / chip.flops,
         memory_s=moved / chip.hbm_bandwidth,
-        network_s=sum(seconds_of(c, chip) for c in found),
+        network_s=sum(seconds_of(c, topology) for c in found),
         compiled_by=f"jax {jax.__version__}, libtpu {version('libtpu')}{', thorough' if thorough else ''}",
     )
 
 
-def seconds_of(collective: Collective, chip: Chip) -> float:
-    """All runs of a collective, over a ring of one axis of the torus in both directions."""
+def seconds_of(collective: Collective, topology: str) -> float:
+    """All runs of a collective: rings in both directions along one axis of the torus, for all-to-all one axis after the other."""
+    chip, sides = parse_topology(topology)
     n, size = collective.devices, collective.total_bytes
     ring = size * (n - 1) / n / chip.ici_bandwidth
     if collective.kind == "all-reduce":
         return 2 * ring
     if collective.kind == "all-to-all":
-        return size * n / 4 / chip.ici_bandwidth
+        return size * sum(_rings(n, sides)) / 4 / chip.ici_bandwidth
     if collective.kind == "collective-permute":
         return size / (chip.ici_bandwidth / 2)
     return ring
+
+
+def _rings(devices: int, sides: tuple[int, ...]) -> list[int]:
+    """Sides of the torus, the longest first, until so many devices lie in their product; the last may be a part of one."""
+    found = []
+    for side in sorted(sides, reverse=True):
+        found.append(min(side, -(-devices // math.prod(found))))
+        if math.prod(found) >= devices:
+            break
+    return found
 
 
 def _flops(recipe: Recipe, model: Model, requests: float, step: str) -> tuple[float, float]:

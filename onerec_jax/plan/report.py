@@ -7,7 +7,6 @@ import dataclasses
 from rich.console import Group
 from rich.table import Table
 
-from onerec_jax.plan.chips import parse_topology
 from onerec_jax.plan.plan import Plan, seconds_of
 
 SHOWN = 12  # collectives
@@ -44,16 +43,15 @@ def tables(plan: Plan) -> Group:
     summary = f"bound by {plan.bound}: at most {plan.mfu:.1%} MFU, {requests:,.0f} requests/s"
     times.add_row("step", summary, _ms(plan.seconds), style="bold")
     traffic = Table("collective", "mesh axes", "chips", "bytes", "times", "takes at least")
-    chip = parse_topology(plan.topology)[0]
-    rows = sorted(plan.collectives, key=lambda c: -seconds_of(c, chip))
+    rows = sorted(plan.collectives, key=lambda c: -seconds_of(c, plan.topology))
     for c in rows[:SHOWN]:
         traffic.add_row(
-            c.kind, ", ".join(c.axes), str(c.devices), _bytes(c.bytes), str(c.count), _ms(seconds_of(c, chip))
+            c.kind, ", ".join(c.axes), str(c.devices), _bytes(c.bytes), str(c.count), _ms(seconds_of(c, plan.topology))
         )
     if rows[SHOWN:]:
         rest = rows[SHOWN:]
         total = _bytes(sum(c.total_bytes for c in rest))
-        seconds = sum(seconds_of(c, chip) for c in rest)
+        seconds = sum(seconds_of(c, plan.topology) for c in rest)
         traffic.add_row(f"{len(rest)} others", "", "", total, "", _ms(seconds))
     return Group(memory, times, traffic)
 
