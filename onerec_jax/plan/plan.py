@@ -5,7 +5,8 @@
 
 The numbers of memory, traffic and collectives are those of the compiled program; FLOPs are counted from the config
 (`train.flops`). Times are lower bounds, each as if the other two were free: FLOPs at the chip's peak, bytes at its memory's
-bandwidth, collectives one after the other, each over one axis of the torus at a time ("How to Scale Your Model", Austin et al. 2025, chapter 3).
+bandwidth, collectives one after the other, each over one axis of the torus at a time ("How to Scale Your Model", Austin et al.
+2025, chapter 3).
 """
 
 from __future__ import annotations

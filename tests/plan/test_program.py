@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from onerec_jax.errors import InputError
+from onerec_jax.plan.chips import CHIPS, parse_topology
+from onerec_jax.plan.collectives import Collective
+from onerec_jax.plan.plan import seconds_of
 from onerec_jax.plan.program import array_bytes, read
 from onerec_jax.plan.traffic import traffic
 
@@ -65,6 +70,26 @@ def test_traffic_is_the_slice_of_a_stack_and_what_is_written_to_main_memory():
 def test_a_loop_whose_end_is_not_counted_to_counts_once():
     jumping = TEXT.replace("add(%step, %first)", "multiply(%step, %first)")
     assert {times for _, instruction, times in read(jumping).executed() if instruction.name == "out"} == {1}
+
+
+def test_seconds_of_a_collective_are_the_rings_of_the_torus():
+    link = CHIPS["v5p"].ici_bandwidth
+
+    def seconds(kind: str, devices: int, topology: str = "v5p:8x8x16") -> float:
+        return seconds_of(Collective(kind, ("data",), devices, 1000, 3), topology) * link
+
+    assert seconds("all-gather", 4) == seconds("reduce-scatter", 4) == pytest.approx(3000 * 3 / 4)
+    assert seconds("all-reduce", 4) == pytest.approx(2 * 3000 * 3 / 4)
+    assert seconds("all-to-all", 16) == pytest.approx(3000 * 16 / 4)
+    assert seconds("all-to-all", 1024) == pytest.approx(3000 * (16 + 8 + 8) / 4), "one axis after the other"
+    assert seconds("all-to-all", 64) == pytest.approx(3000 * (16 + 4) / 4)
+    assert seconds("collective-permute", 2) == pytest.approx(2 * 3000)
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4", "v9:2x2", "v5e:2x0", "v5e", "v5e:2x2x2"])
+def test_a_slice_that_does_not_exist_is_refused(name: str):
+    with pytest.raises(InputError, match="topology"):
+        parse_topology(name)
 
 
 def test_bytes_of_a_shape_with_and_without_what_stays_on_the_chip():
