@@ -42,6 +42,8 @@ def tiny_recipe(tiny_folder: Path) -> Recipe:
 SLOW = (
     "test_processes.py",
     "test_moe_on_devices.py",
+    "test_training_with_spread_tables.py",
+    "test_tables_on_devices.py",
     "test_step.py",
     "test_resume.py",
     "test_onerec.py",

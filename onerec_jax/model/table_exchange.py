@@ -87,11 +87,13 @@ def gather_over_mesh(
         rounds = _Rounds(distinct_U, shape[0], mesh.size)
 
         def take(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            stop, index_OxQ, asked_OxQ = rounds.next(state[0])
+            start, rows_UxD = state
+            stop, _, asked_OxQ = rounds.next(start)
             asked = asked_OxQ.reshape(-1)
             answers = read_rows(table, asked, rounds.number(asked), settings, now)
             came = _swap(answers.reshape(*asked_OxQ.shape, shape[1])).reshape(-1, shape[1])
-            return stop, state[1].at[index_OxQ.reshape(-1)].set(came, mode="drop")
+            here_U, slot_U = rounds.slots(start, stop)
+            return stop, jnp.where(here_U[:, None], jnp.take(came, slot_U, axis=0, mode="clip"), rows_UxD)
 
         nothing = jnp.zeros((len(distinct_U), shape[1]), table["rows"].dtype)
         _, rows_UxD = jax.lax.while_loop(rounds.left, take, (jnp.int32(0), nothing))
@@ -167,6 +169,15 @@ class _Rounds:
         index_OxQ = jnp.where(index_OxQ < stop_O[:, None], index_OxQ, count)
         asked = jnp.take(distinct_U, index_OxQ, mode="clip") - self.first_O[:, None]
         return stop, index_OxQ, _swap(jnp.where(index_OxQ < count, asked, self.block))
+
+    def slots(self, start: Array, stop: Array) -> tuple[Array, Array]:
+        """Which ids of this device the round from `start` to `stop` is of, and where in [O * Q] each of them is."""
+        owner_U = self.distinct_U // self.block
+        row_U = self.distinct_U - owner_U * self.block
+        here_U = (owner_U < len(self.first_O)) & (row_U >= start) & (row_U < stop)
+        begin_O = jnp.searchsorted(self.distinct_U, self.first_O + start)
+        within_U = jnp.arange(len(owner_U), dtype=jnp.int32) - jnp.take(begin_O, owner_U, mode="clip")
+        return here_U, owner_U * self.room + within_U
 
     def number(self, ids: Array) -> Array:
         """Rows of this owner's share as rows of the table."""

@@ -95,7 +95,7 @@ def localise(
 
     Returns the batch and, per table, the distinct rows it touches: a static number, filled up with an id past the last
     row; None where gathering them would cost more than using the whole table. Those of a table that is spread over
-    several devices are [S,..], of each shard of the batch by itself.
+    several devices are [S,..], of each shard of the batch by itself. A table that no pathway reads is left out.
 
     Args:
         touched_only: gather no more than what is touched of small tables as well; of large ones it is never more.
@@ -110,6 +110,8 @@ def localise(
             ids = {"user": jnp.maximum(batch.user[:, 0], 0)}
         else:
             ids = {p: jnp.where(e.item >= 0, getattr(e, name), 0) for p, e in events.items()}
+        if not ids:
+            continue
         local = {p: stripe(bucket_rows(i, rows, sizes[name]), rows) for p, i in ids.items()}
         past, mesh = stored_rows(rows), _owners(rows)
         if name != "user" and (mesh is not None or settings.optional):  # padding touches no row
@@ -197,6 +199,9 @@ def update_tables(
     settings = settings or TablesConfig()
     new, metrics = {}, {}
     for name, table in tables.items():
+        if name not in touched:
+            new[name] = table
+            continue
         ids, own = touched[name], _of_table(now, tables, name)
         gradient, own_rate = gradients[name], rate(name) if callable(rate) else rate
         if ids is None:

@@ -20,6 +20,7 @@ from onerec_jax.model.tables import gather, init_tables, localise, lookup, store
 from onerec_jax.parallel.mesh import make_mesh, on_mesh
 from onerec_jax.parallel.sharding import put_batch, shardings
 from onerec_jax.plan.collectives import collectives
+from onerec_jax.plan.program import read
 
 MESHES = {
     "data 8": MeshConfig(),
@@ -216,7 +217,7 @@ def test_rounding_eviction_and_admission_are_those_of_one_device(mesh: str):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_step_moves_what_it_touches_and_nothing_that_grows_with_the_table(mesh: str):
     devices, _, compiled = _compiled(mesh, None)
-    found = collectives(compiled.as_text(), devices)
+    found = collectives(read(compiled.as_text()), devices)
     split = tuple(axis for axis in devices.axis_names if devices.shape[axis] > 1)
     rows, width = SHAPES["item"]
     for collective in found:

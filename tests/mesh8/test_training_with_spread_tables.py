@@ -19,6 +19,7 @@ from onerec_jax.model.prefixes import device_trie
 from onerec_jax.parallel.mesh import make_mesh, on_mesh
 from onerec_jax.parallel.sharding import put_batch
 from onerec_jax.plan.collectives import collectives
+from onerec_jax.plan.program import read
 from onerec_jax.recipe import make_recipe
 from onerec_jax.tokenizer.trie import Trie
 from onerec_jax.train.checkpoint import Checkpoints, same_bits
@@ -139,7 +140,7 @@ def test_a_step_is_that_of_one_device_and_moves_no_table(mesh: str, trainers, un
     state = jax.tree.map(lambda x, wanted: jax.device_put(x, wanted.sharding), undisturbed[0], trainer.abstract)
     _check(*trainer.train(state, batches), undisturbed)
     share = 4 * model.tables["item"][0] * model.config.d_model / 8
-    moved = collectives(trainer.compiled.as_text(), trainer.mesh)
+    moved = collectives(read(trainer.compiled.as_text()), trainer.mesh)
     assert max(collective.bytes for collective in moved) < share
     assert trainer.compiled.memory_analysis().temp_size_in_bytes < 8 * share
 
@@ -183,7 +184,7 @@ def test_a_fresh_table_is_made_in_place(recipe: Recipe, model: Model):
         lambda: model.init(0)[1], out_shardings=jax.tree.map(lambda leaf: leaf.sharding, places)
     )  # fmt: skip
     compiled = make.lower().compile()
-    assert collectives(compiled.as_text(), mesh) == []
+    assert collectives(read(compiled.as_text()), mesh) == []
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 20_000 * model.config.d_model
     np.testing.assert_array_equal(compiled()["item"]["rows"], jax.jit(lambda: model.init(0)[1])()["item"]["rows"])
 
@@ -201,7 +202,7 @@ def test_validation_and_search_on_a_mesh_are_those_of_one_device(undisturbed, mo
         losses[mesh_name] = ratios(evaluate(placed, batch, None))["loss"]
         if mesh_name == name:
             share = 4 * model.tables["item"][0] * model.config.d_model / 8
-            assert max(c.bytes for c in collectives(evaluate.as_text(), mesh)) < share
+            assert max(c.bytes for c in collectives(read(evaluate.as_text()), mesh)) < share
         search = on_mesh(mesh, make_beam_search(model, 4))
         beams[mesh_name] = jax.device_get(search(placed.params, placed.tables, placed.bias, batch, trie))
     assert abs(losses["1"] - losses[name]) < 1e-5

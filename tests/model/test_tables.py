@@ -242,3 +242,11 @@ def test_options_of_tables_are_refused_where_there_is_no_table():
     tiny_model(**none)
     with pytest.raises(ValueError, match=r"model.tables is of id tables and this model has none"):
         tiny_model(**none, tables={"evict_after": 5})
+
+
+def test_a_table_that_no_pathway_reads_stays_as_it_is():
+    batch = random_batch(tiny_model(short_length=0, positive_length=0, lifelong_length=0))
+    tables = init_tables({"item": (100, 4), "user": (50, 4)}, jax.random.key(0))
+    _, touched = localise(batch, {"item": (100, 4), "user": (50, 4)}, VOCABULARY, touched_only=True)
+    new, _ = update_tables(tables, touched, gather(tables, touched), 0.1)
+    assert new["item"] is tables["item"] and (new["user"]["rows"] != tables["user"]["rows"]).any()
