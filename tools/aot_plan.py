@@ -1,6 +1,6 @@
 """The plans that the project keeps: big recipes on TPU slices, compiled on this machine (`onerec plan` makes any other).
 
-    python tools/aot_plan.py                     all of them into tests/golden/plans/, a minute or three each
+    python tools/aot_plan.py                     all of them into tests/golden/plans/, two to six minutes each
     python tools/aot_plan.py 2.633b              those with this in their names
 
 `tests/plan/test_kept_plans.py` holds what they must: all fit, nothing moves a whole table or all experts, FLOPs a chip stay equal
@@ -39,6 +39,35 @@ PLANS: dict[str, tuple[str, str, int, str, tuple[str, ...]]] = {
 }
 
 
+PAGE = FOLDER.parent.parent.parent / "launch" / "README.md"
+MARKS = ("<!-- the kept plans, by tools/aot_plan.py -->", "<!-- end -->")
+
+
+def summary() -> str:
+    """The kept plans as a Markdown table."""
+    lines = [
+        "| recipe | slice | mesh | step, requests | a chip's memory | matmuls | memory traffic | network | bound by, MFU at most |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (_, _, _, _, settings) in PLANS.items():
+        plan = json.loads((FOLDER / f"{name}.json").read_text())
+        mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+        others = "".join(f", `{setting}`" for setting in settings if not setting.startswith("mesh."))
+        memory = f"{plan['memory']['total'] / 2**30:.1f} of {plan['memory']['usable'] / 2**30:.1f} GiB"
+        times = " | ".join(f"{1000 * plan[part]:,.4g} ms" for part in ("compute_s", "memory_s", "network_s"))
+        lines.append(
+            f"| `{plan['recipe']}`{others} | {plan['topology']} | {mesh} | {plan['step']}, {plan['batch']:,} | {memory} | {times} "
+            f"| {plan['bound']}, {plan['mfu']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def page_with(table: str) -> str:
+    """launch/README.md with this table of plans."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    return before + MARKS[0] + "\n\n" + table + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", default="", help="a part of the names of those to make")
@@ -61,6 +90,8 @@ def main() -> None:
         (FOLDER / f"{name}.json").write_text(json.dumps(plan.to_json(), indent=1) + "\n")
         console.print(tables(plan))
         console.print(f"{name}: {time.perf_counter() - started:.0f} s to compile and read")
+    if all((FOLDER / f"{name}.json").exists() for name in PLANS):
+        PAGE.write_text(page_with(summary()))
 
 
 if __name__ == "__main__":

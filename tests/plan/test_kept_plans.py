@@ -74,6 +74,10 @@ def test_the_flops_of_a_chip_are_the_same_on_64_and_on_1024():
     assert abs(many["traffic"] / few["traffic"] - 1) < 0.1
 
 
+def test_the_launch_page_shows_them():
+    assert aot_plan.page_with(aot_plan.summary()) == aot_plan.PAGE.read_text()
+
+
 @pytest.fixture(scope="module")
 def quickstart():
     recipe, topology, each, step, settings = aot_plan.PLANS["quickstart_v5e_2x2"]
