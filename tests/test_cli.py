@@ -316,6 +316,24 @@ def test_an_impossible_mesh_is_refused(refused, recipe_file, override: str, said
     assert said in refused("pretrain", recipe_file(), override)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--topology", "v5e:2x2x2"), "topology 'v5e:2x2x2' has 3 sides, a slice of v5e has 2: v5e:AxB"),
+        (("--topology", "v9:2x2"), "topology 'v9:2x2' is not CHIP:AxB"),
+        (("--topology", "v5e:2x2", "--step", "serve"), "step 'serve' is none of train, decode"),
+        (("--topology", "v5e:2x2", "--batch", "6"), "use a multiple of 4"),
+        (("--topology", "v5e:2x2", "mesh.fsdp=3"), "needs 3 devices but 4 are there"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(refused, recipe_file, words: tuple[str, ...], said: str):
+    assert said in refused("plan", recipe_file(), *words)
+
+
+def test_a_plan_of_a_log_that_is_not_there_is_refused(refused):
+    assert "run onerec data and onerec tokenize first" in refused("plan", "beauty_small", "--topology", "v5e:2x2")
+
+
 def test_a_batch_that_does_not_divide_into_micro_batches_is_refused(refused, recipe_file):
     message = refused("pretrain", recipe_file(), "train.batch_size=10", "train.accumulation=4")
     assert "train.batch_size 10 does not divide into train.accumulation 4 micro-batches" in message

@@ -15,7 +15,14 @@ import os
 import time
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 from rich.console import Console
+
+from onerec_jax.config import Recipe
+from onerec_jax.plan.plan import make_plan
+from onerec_jax.plan.report import tables
+from onerec_jax.recipe import load_recipe
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden" / "plans"
 TABLE = ("model.author_rows=1000000000", "model.author_dim=64")
@@ -68,25 +75,26 @@ def page_with(table: str) -> str:
     return before + MARKS[0] + "\n\n" + table + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
 
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a kept plan, with the simulator's own vocabulary, whatever dataset lies here."""
+    recipe, _, _, _, settings = PLANS[name]
+    return load_recipe(recipe, [*settings, "data.directory=no-dataset"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", default="", help="a part of the names of those to make")
     given = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from onerec_jax.plan.plan import make_plan
-    from onerec_jax.plan.report import tables
-    from onerec_jax.recipe import load_recipe
-
     console = Console(width=120)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, (recipe, topology, each, step, settings) in PLANS.items():
+    for name, (_, topology, each, step, _) in PLANS.items():
         if given.name not in name:
             continue
         started = time.perf_counter()
         chips = 1
         for side in topology.split(":")[1].split("x"):
             chips *= int(side)
-        plan = make_plan(load_recipe(recipe, list(settings)), topology, each * chips, step)
+        plan = make_plan(recipe_of(name), topology, each * chips, step)
         (FOLDER / f"{name}.json").write_text(json.dumps(plan.to_json(), indent=1) + "\n")
         console.print(tables(plan))
         console.print(f"{name}: {time.perf_counter() - started:.0f} s to compile and read")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from onerec_jax.config import Recipe
+from onerec_jax.config import Recipe, SimulatorSource
 from onerec_jax.data.schema import Batch, ItemFeatures, Vocabulary
 from onerec_jax.errors import InputError
 from onerec_jax.generate.beam import make_beam_search
@@ -22,6 +22,7 @@ from onerec_jax.model.onerec import Model, build, planned_vocabulary
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.parallel.mesh import check_batch, make_mesh, use_mesh
 from onerec_jax.parallel.sharding import batch_sharding, check_sharded
+from onerec_jax.train.loop import load_inputs
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, abstract_state
 from onerec_jax.train.step import make_train_step
@@ -130,6 +131,18 @@ def mesh_of(recipe: Recipe, devices: list[Any]) -> Mesh:
 
 
 def model_of(recipe: Recipe) -> Model:
+    """The recipe's model, with the vocabulary of its dataset where that is there, else with the simulator's.
+
+    Raises:
+        InputError: the log is not simulated and its dataset or semantic IDs are not there.
+    """
+    if (recipe.tokenizer_directory / "card.json").exists():
+        return load_inputs(recipe)[2]
+    if not isinstance(recipe.data.source, SimulatorSource):
+        raise InputError(
+            f"a plan needs to know how many items, authors and users there are, and {recipe.tokenizer_directory} is not there; "
+            "run onerec data and onerec tokenize first"
+        )
     return build(recipe.model, planned_vocabulary(recipe))
 
 

@@ -14,7 +14,6 @@ import pytest
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.plan.compiled import for_tpu, model_of, tpu_devices
 from onerec_jax.plan.plan import make_plan
-from onerec_jax.recipe import load_recipe
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import abstract_state
 
@@ -37,8 +36,8 @@ def _bytes(tree: Any) -> int:
 @pytest.fixture(scope="module", params=NAMES)
 def planned(request):
     """A plan's name, its recipe, and the abstract state of today's code on its slice."""
-    recipe, topology, _, _, settings = aot_plan.PLANS[request.param]
-    loaded = for_tpu(load_recipe(recipe, list(settings)))
+    topology = aot_plan.PLANS[request.param][1]
+    loaded = for_tpu(aot_plan.recipe_of(request.param))
     mesh = make_mesh(loaded.mesh, tpu_devices(topology))
     return request.param, loaded, abstract_state(model_of(loaded), make_optimizer(loaded.train), mesh)
 
@@ -80,8 +79,8 @@ def test_the_launch_page_shows_them():
 
 @pytest.fixture(scope="module")
 def quickstart():
-    recipe, topology, each, step, settings = aot_plan.PLANS["quickstart_v5e_2x2"]
-    return make_plan(load_recipe(recipe, list(settings)), topology, 4 * each, step)
+    _, topology, each, step, _ = aot_plan.PLANS["quickstart_v5e_2x2"]
+    return make_plan(aot_plan.recipe_of("quickstart_v5e_2x2"), topology, 4 * each, step)
 
 
 def test_a_plan_made_now_is_the_one_kept(quickstart):
