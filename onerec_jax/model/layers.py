@@ -57,17 +57,21 @@ class CodeEmbedding(nnx.Module):
 
     def level(self, level: int, codes: Array, dtype: jnp.dtype) -> Array:
         """Codes [...] of one level -> [..., D]."""
-        return jnp.take(self.embedding[...].astype(dtype), codes + self.offsets[level], axis=0)
+        return by_batch(self._found(level, codes, dtype))
 
     def item(self, codes_xC: Array, dtype: jnp.dtype) -> Array:
         """The sum over the levels of semantic IDs [..., C] -> [..., D]: an item as one token."""
         levels = range(len(self.offsets))
-        return by_batch(sum((self.level(i, codes_xC[..., i], dtype) for i in levels), start=jnp.zeros((), dtype)))
+        return by_batch(sum((self._found(i, codes_xC[..., i], dtype) for i in levels), start=jnp.zeros((), dtype)))
+
+    def _found(self, level: int, codes: Array, dtype: jnp.dtype) -> Array:
+        """As the mesh splits the table; on it a sum of levels is exchanged once."""
+        return jnp.take(self.embedding[...].astype(dtype), codes + self.offsets[level], axis=0)
 
     def tokens(self, codes_BxLxC: Array, dtype: jnp.dtype) -> Array:
         """One token per code [B, L*C, D]."""
         codes = codes_BxLxC + jnp.asarray(self.offsets)
-        return jnp.take(self.embedding[...].astype(dtype), codes.reshape(codes.shape[0], -1), axis=0)
+        return by_batch(jnp.take(self.embedding[...].astype(dtype), codes.reshape(codes.shape[0], -1), axis=0))
 
 
 class RMSNorm(nnx.Module):

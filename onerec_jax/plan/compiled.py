@@ -31,6 +31,10 @@ from onerec_jax.train.step import make_train_step
 _ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
 
+# how jax 0.10 and 0.12 ask the compiler to spend less time
+_HURRY = {"exec_time_optimization_effort": -1.0} if jax.__version_info__ < (0, 11) else {"optimization_level": "O1"}
+
+
 class DoesNotFit(InputError):
     """The compiler found no way to fit a program into a chip's memory."""
 
@@ -184,7 +188,7 @@ def compile_for_tpu(lowered: Any, mesh: Mesh, *, thorough: bool = False) -> Any:
     Raises:
         DoesNotFit: no way was found to fit it into a chip's memory.
     """
-    options: Any = None if thorough else {"exec_time_optimization_effort": -1.0}
+    options: Any = None if thorough else _HURRY
     try:
         with use_mesh(mesh), _quiet():
             return lowered.compile(options)

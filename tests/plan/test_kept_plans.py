@@ -56,10 +56,11 @@ def test_it_fits_and_is_of_todays_recipe(planned):
 
 def test_nothing_moves_a_whole_table_or_all_experts(planned):
     name, recipe, state = planned
-    largest = max(c["bytes"] for c in _kept(name)["collectives"])
+    # all-to-all moves tokens to experts and rows to who reads them: no device gets what all others hold
+    largest = max(c["bytes"] for c in _kept(name)["collectives"] if c["kind"] != "all-to-all")
     for table in state.tables.values():
         if table["rows"].size > 2**24:
-            assert largest < table["rows"].size  # a byte a number
+            assert largest < table["rows"].size * table["rows"].dtype.itemsize
     moe = recipe.model.moe
     if moe.experts and recipe.mesh.expert > 1:
         assert largest < 2 * moe.experts * recipe.model.d_model * moe.hidden, "one matrix of all experts of one block"
@@ -118,4 +119,4 @@ def test_its_parts_add_up(quickstart):
     assert quickstart.seconds == max(quickstart.compute_s, quickstart.memory_s, quickstart.network_s)
     assert 0 < quickstart.mfu < 1
     assert {c.kind for c in quickstart.collectives} >= {"all-gather", "reduce-scatter"}
-    assert all(c.axes == ("fsdp",) and c.devices == 4 for c in quickstart.collectives)
+    assert all(c.axes == ("fsdp",) and c.devices <= 4 for c in quickstart.collectives)
