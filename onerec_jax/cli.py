@@ -30,6 +30,11 @@ def say(line: Any) -> None:
     console.print(line, highlight=False, soft_wrap=True)
 
 
+def tell(line: str) -> None:
+    """Progress, which is no part of what is asked for."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @app.command()
 def config(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print the resolved recipe as YAML."""
@@ -76,7 +81,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     found = make_plan(loaded, topology, batch, step, thorough=thorough)
-    search = largest_batches(loaded, topology, found.ways, thorough=thorough) if largest else {}
+    search = largest_batches(loaded, topology, found.ways, tell, thorough=thorough) if largest else {}
     if as_json:
         others = {policy: other and other.to_json() for policy, other in search.items()}
         print(json.dumps({**found.to_json(), **({"largest": others} if largest else {})}, indent=1))

@@ -7,18 +7,22 @@ import dataclasses
 from onerec_jax.config import Recipe
 from onerec_jax.plan.compiled import DoesNotFit
 from onerec_jax.plan.plan import Plan, make_plan
+from onerec_jax.train.loop import Report
 
 POLICIES = ("none", "dots", "block")
 MOST = 4096  # requests a chip
 
 
-def largest_batches(recipe: Recipe, topology: str, ways: int, *, thorough: bool = False) -> dict[str, Plan | None]:
+def largest_batches(
+    recipe: Recipe, topology: str, ways: int, report: Report = lambda line: None, *, thorough: bool = False
+) -> dict[str, Plan | None]:
     """By `model.remat` the plan of the largest batch that fits, in eighths of a power of two a chip; None where not even one does.
 
     Args:
         ways: over how many ways the mesh splits a batch.
+        report: is told of each compilation, which takes a minute or more.
     """
-    return {policy: _largest(_with(recipe, policy), topology, ways, thorough) for policy in POLICIES}
+    return {policy: _largest(_Search(_with(recipe, policy), topology, ways, report, thorough)) for policy in POLICIES}
 
 
 def _with(recipe: Recipe, policy: str) -> Recipe:
@@ -30,6 +34,7 @@ class _Search:
     recipe: Recipe
     topology: str
     ways: int
+    report: Report
     thorough: bool
 
     def plan(self, each: int) -> Plan | None:
@@ -38,12 +43,14 @@ class _Search:
         try:
             plan = make_plan(self.recipe, self.topology, batch, thorough=self.thorough)
         except DoesNotFit:
+            self.report(f"remat {self.recipe.model.remat}, batch {batch:,}: does not fit")
             return None
+        share = plan.memory.total / plan.memory.usable
+        self.report(f"remat {self.recipe.model.remat}, batch {batch:,}: {share:.0%} of a chip's memory")
         return plan if plan.fits else None
 
 
-def _largest(recipe: Recipe, topology: str, ways: int, thorough: bool) -> Plan | None:
-    search = _Search(recipe, topology, ways, thorough)
+def _largest(search: _Search) -> Plan | None:
     few, many = (1, search.plan(1)), (8, search.plan(8))
     if few[1] is None:
         return None
