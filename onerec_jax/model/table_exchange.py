@@ -31,12 +31,6 @@ OWNED, OF_SHARD, OF_DEVICE = PartitionSpec(DEVICES), PartitionSpec(SHARDS), Part
 WHOLE = PartitionSpec()
 
 
-def several_devices() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh`, None without one and on a single device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
-
-
 def room(ids: int, owners: int) -> int:
     """Q, ids for which there is room between two devices: an even share, six standard deviations of a random one, and 8."""
     share = ids / owners

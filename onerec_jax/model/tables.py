@@ -25,11 +25,11 @@ from onerec_jax.model.table_exchange import (
     distinct_over_mesh,
     gather_over_mesh,
     lookup_in_shards,
-    several_devices,
     split_like,
     update_over_mesh,
 )
 from onerec_jax.model.table_rows import Now, Table, adagrad_rows, fresh_table, read_rows, update_rows
+from onerec_jax.parallel.sharding import several_devices
 
 SPREAD_ROWS = 65_536  # tables of so many rows or more are spread
 STRIPES = 3_072  # 3 x 1,024: the devices of a mesh, a number that divides this, own as many rows each

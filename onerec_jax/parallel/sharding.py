@@ -137,10 +137,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LAYOUT["batch"]))
 
 
+def several_devices() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, None without one and on a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.size < 2 else mesh
+
+
 def in_place(params: Any) -> Any:
     """Parameters as they are on the mesh of `jax.set_mesh`, so that their gradients are summed straight into the same places."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size < 2:
+    mesh = several_devices()
+    if mesh is None:
         return params
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.lax.with_sharding_constraint(leaf, partition_spec(path_name(path), leaf.shape, mesh)),
@@ -153,8 +159,8 @@ def by_batch(x: Array) -> Array:
 
     Without it the partitioner may split them as the weights are, and gather them whole at every product.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size < 2 or x.shape[0] % math.prod(mesh.shape[axis] for axis in LAYOUT["batch"]):
+    mesh = several_devices()
+    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in LAYOUT["batch"]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(LAYOUT["batch"]))
 

@@ -20,7 +20,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.generate.beam import make_beam_search
 from onerec_jax.model.onerec import Model, build, planned_vocabulary
 from onerec_jax.model.prefixes import DeviceTrie
-from onerec_jax.parallel.mesh import check_batch, make_mesh, use_mesh
+from onerec_jax.parallel.mesh import check_batch, use_mesh
 from onerec_jax.parallel.sharding import batch_sharding, check_sharded
 from onerec_jax.train.loop import load_inputs
 from onerec_jax.train.optimizer import make_optimizer
@@ -130,8 +130,10 @@ def abstract_trie(recipe: Recipe, vocabulary: Vocabulary, mesh: Mesh) -> DeviceT
     )
 
 
-def mesh_of(recipe: Recipe, devices: list[Any]) -> Mesh:
-    return make_mesh(recipe.mesh, devices)
+def abstract_training_trie(recipe: Recipe, vocabulary: Vocabulary, mesh: Mesh) -> DeviceTrie | None:
+    """As `model.prefixes.training_trie`, of shapes."""
+    needed = recipe.model.softmax == "legal" or recipe.model.coded_items
+    return abstract_trie(recipe, vocabulary, mesh) if needed else None
 
 
 def model_of(recipe: Recipe) -> Model:
@@ -160,9 +162,7 @@ def lower_train_step(recipe: Recipe, model: Model, mesh: Mesh, batch_size: int) 
     optimizer = make_optimizer(recipe.train)
     state = abstract_state(model, optimizer, mesh)
     check_sharded({"params": state.params, "tables": state.tables}, mesh)
-    trie = None
-    if recipe.model.softmax == "legal" or recipe.model.coded_items:
-        trie = abstract_trie(recipe, model.vocabulary, mesh)
+    trie = abstract_training_trie(recipe, model.vocabulary, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(model, recipe, optimizer), out_shardings=(places, None), donate_argnums=0)
     with use_mesh(mesh):

@@ -23,18 +23,17 @@ from onerec_jax.config import Recipe
 from onerec_jax.errors import InputError
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.tables import gather
-from onerec_jax.parallel.mesh import data_parallel, use_mesh
+from onerec_jax.parallel.mesh import data_parallel, make_mesh, use_mesh
 from onerec_jax.parallel.sharding import LAYOUT
 from onerec_jax.plan.chips import Chip, parse_topology
 from onerec_jax.plan.collectives import Collective, collectives
 from onerec_jax.plan.compiled import (
     abstract_batch,
-    abstract_trie,
+    abstract_training_trie,
     compile_for_tpu,
     for_tpu,
     lower_decode_step,
     lower_train_step,
-    mesh_of,
     model_of,
     tpu_devices,
 )
@@ -138,7 +137,7 @@ def make_plan(recipe: Recipe, topology: str, batch: int = 0, step: str = "train"
         raise InputError(f"step '{step}' is none of {', '.join(STEPS)}")
     chip, _ = parse_topology(topology)
     recipe = for_tpu(recipe)
-    mesh = mesh_of(recipe, tpu_devices(topology))
+    mesh = make_mesh(recipe.mesh, tpu_devices(topology))
     batch = batch or (recipe.train.batch_size if step == "train" else recipe.evaluate.batch_size)
     model = model_of(recipe)
     lower = lower_train_step if step == "train" else lower_decode_step
@@ -218,7 +217,7 @@ def _activations(recipe: Recipe, model: Model, mesh: Mesh, batch: int) -> int:
     train = recipe.train
     loss = make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight, train.code_targets)
     params, tables = jax.eval_shape(lambda: model.init(0))
-    trie = abstract_trie(recipe, model.vocabulary, mesh) if model.config.coded_items else None
+    trie = abstract_training_trie(recipe, model.vocabulary, mesh)
 
     def pull_back(params: Any, tables: Any, bias: Any, batch: Any, trie: Any) -> Any:
         local, touched = model.localise(batch, touched_only=True)

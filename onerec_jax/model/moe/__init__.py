@@ -9,6 +9,7 @@ from jax import Array
 from onerec_jax.config import MoEConfig
 from onerec_jax.model.moe.router import Routed
 from onerec_jax.model.moe.transport import on_one_device, over_mesh
+from onerec_jax.parallel.sharding import several_devices
 
 
 class SharedExperts(nnx.Module):
@@ -37,8 +38,7 @@ class MoE(nnx.Module):
 
         Under `jax.set_mesh` the rows of a batch stay on their devices and experts on theirs (`moe.transport`).
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        run = on_one_device if mesh.empty or mesh.size == 1 else over_mesh
+        run = on_one_device if several_devices() is None else over_mesh
         weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
         y, routed = run(self.config, x, valid, bias_E, self.router[...], *weights)
         return (y if self.shared is None else y + self.shared(x)), routed
