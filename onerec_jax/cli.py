@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.recipe import load_recipe
 
 app = typer.Typer(
@@ -162,6 +162,76 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def rsft(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Reject-sampling fine-tuning: train on, on the requests watched longest. Run NAME-rsft."""
+    from onerec_jax.posttrain import rsft as stage
+
+    say(f"run: {stage.rsft(load_recipe(recipe, overrides or []), say)}")
+
+
+@app.command()
+def reward(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train the reward model on logged feedback and measure it on the test split. Run NAME-reward."""
+    from onerec_jax.reward import training
+
+    run = training.train_reward(load_recipe(recipe, overrides or []), say)
+    say(training.quality_table(training.measure_reward(run)))
+    say(f"run: {run}")
+
+
+@app.command()
+def rl(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Reinforcement learning on the model's own generations, beside the loss of RSFT. Run NAME-rl."""
+    from onerec_jax.evaluate.held_out import make_watch
+    from onerec_jax.posttrain.loop import reinforce
+
+    say(f"run: {reinforce(load_recipe(recipe, overrides or []), make_watch, say)}")
+
+
+@app.command()
+def ab(
+    runs: Annotated[list[str], typer.Argument(help="two runs or more, RUN or RUN@STEP; the first is compared with")],
+    users: Annotated[int, typer.Option(help="fresh simulated users, the same for every run", min=2)] = 500,
+    sessions: Annotated[int, typer.Option(help="sessions of every user", min=1)] = 3,
+    impressions: Annotated[int, typer.Option(help="items shown in a session", min=1)] = 10,
+    best_of: Annotated[int, typer.Option(help="one more arm: the truly best of so many of the first run's", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="of the users' luck")] = 0,
+    folder: Annotated[str, typer.Option(help="where table, plot and page go; by default beside the last run")] = "",
+) -> None:
+    """Let runs serve the same fresh simulated users, and compare what these truly watch, like and see."""
+    from pathlib import Path
+
+    from onerec_jax.evaluate.ab_report import write_report
+    from onerec_jax.evaluate.ab_test import ab_test
+    from onerec_jax.generate.load import load_recommender
+
+    loaded = {Path(run).name: load_recommender(run) for run in runs}
+    if len(loaded) < len(runs):
+        raise InputError(f"two runs of one name cannot be told apart: {', '.join(runs)}")
+    result = ab_test(loaded, users, sessions, impressions, seed, best_of, progress=True)
+    say(result.table())
+    place = Path(folder) if folder else list(loaded.values())[-1].run / "ab"
+    say(f"report: {write_report(result, place)}")
+
+
+@app.command()
+def posttrain(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """The road after pre-training: RSFT, the reward model, RL; on a simulated log also the A/B test of what came out."""
+    from onerec_jax.config import SimulatorSource
+    from onerec_jax.posttrain.loop import rl_recipe
+    from onerec_jax.posttrain.rsft import rsft_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    for stage in (rsft, reward, rl):
+        stage(recipe, overrides)
+    stages = [str(r.run_directory) for r in (loaded, rsft_recipe(loaded), rl_recipe(loaded))]
+    for run in stages:
+        evaluate(run)
+    if isinstance(loaded.data.source, SimulatorSource):
+        ab(stages, best_of=loaded.evaluate.beam_width)
+
+
+@app.command()
 def evaluate(run: RunName, overrides: Overrides = None) -> None:
     """Item-level metrics of a run over the full catalogue, beside its floors."""
     from onerec_jax.evaluate import evaluation
@@ -233,6 +303,9 @@ def main() -> None:
     except InputError as error:
         print(f"onerec: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedError as error:
+        print(f"onerec: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A probe is called in an empty working folder with (recipe, world); outcomes are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from stand_ins import instant_training, linear_model
+from stand_ins import instant_reinforcement, instant_reward_training, instant_training, linear_model
 
 from onerec_jax.config import MeshConfig, Recipe
 from onerec_jax.data.pipeline import Pipeline, make_batch
@@ -29,27 +30,40 @@ from onerec_jax.data.schema import Tables
 from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
 from onerec_jax.data.train_log import train_log
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.evaluate.floors import fit_floor
+from onerec_jax.evaluate.held_out import make_watch
 from onerec_jax.evaluate.requests import collect_requests
 from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank
 from onerec_jax.model.onerec import build
-from onerec_jax.model.prefixes import training_trie
+from onerec_jax.model.prefixes import device_trie, training_trie
 from onerec_jax.parallel import distributed
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.parallel.sharding import shardings
+from onerec_jax.posttrain import loop as rl_loop
+from onerec_jax.posttrain.experience import make_experience
+from onerec_jax.posttrain.group import Group
+from onerec_jax.posttrain.judge import make_judge
+from onerec_jax.posttrain.loop import reinforce, rl_recipe
+from onerec_jax.posttrain.rollout import Rollout, first_items
+from onerec_jax.posttrain.rsft import rsft_recipe
+from onerec_jax.posttrain.step import Experience, make_rl_step
+from onerec_jax.reward.candidates import make_catalogue
+from onerec_jax.reward.pscore import build_reward, make_reward_loss
+from onerec_jax.reward.training import reward_recipe, train_reward
 from onerec_jax.tokenizer import kmeans
 from onerec_jax.tokenizer.alignment import align
 from onerec_jax.tokenizer.content import content_vectors
 from onerec_jax.tokenizer.pairs import mine_pairs
 from onerec_jax.tokenizer.semantic_ids import SemanticIds, fit_semantic_ids
+from onerec_jax.train.checkpoint import POLICY
 from onerec_jax.train.loop import load_inputs, pretrain
 from onerec_jax.train.metrics import read_metrics
 from onerec_jax.train.optimizer import make_optimizer
-from onerec_jax.train.state import init_state
+from onerec_jax.train.state import TrainState, init_state
 from onerec_jax.train.step import make_train_step
 
 
@@ -364,3 +378,119 @@ def lists(recipe: Recipe, world: World) -> Any:
     examples = np.asarray(world.dataset.examples("test")[:4])
     made = recommender.Recommender(Path(), recipe, world.dataset, world.ids, built, state)  # type: ignore[arg-type]
     return digest(made.recommend(examples, None, 5))
+
+
+# ----------------------------------------------------------------------------------------------------------- posttrain
+
+
+def fine_tuning(recipe: Recipe, world: World) -> Any:
+    """The settings of the pre-training that RSFT is."""
+    return rsft_recipe(recipe).train
+
+
+def reward_loss(recipe: Recipe, world: World) -> Any:
+    """The compiler's input for the loss of the reward model."""
+    recipe = reward_recipe(recipe)
+    built = build_reward(recipe.reward, world.dataset.vocabulary(world.ids.codebook_sizes))
+    given = (
+        Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0),
+        make_catalogue(world.dataset, world.ids.codes),
+    )
+    return jax.jit(make_reward_loss(built)).lower(built.abstract, *given, jax.random.key(0)).as_text()
+
+
+def reward_training(recipe: Recipe, world: World) -> Any:
+    """What batches a run of the reward model reads, and what it leaves behind."""
+    shapes = instant_reward_training(world.monkeypatch)
+    run = train_reward(recipe, lambda line: None)
+    return shapes, [(line["step"], line["loss"]) for line in read_metrics(run)]
+
+
+def experience(recipe: Recipe, world: World) -> Any:
+    """The compiler's input for the generation of candidates."""
+    recipe = rl_recipe(recipe)
+    built, request = _model(recipe, world), Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
+    params, tables = jax.eval_shape(lambda: built.init(0))
+    policy = {"params": params, "tables": tables, "bias": jax.eval_shape(built.init_bias)}
+    trie, leaf_item = device_trie(world.ids.trie, recipe.model), first_items(world.ids.trie)
+    catalogue = make_catalogue(world.dataset, world.ids.codes)
+    given = (policy, policy, None, catalogue, request, request, trie, leaf_item, jax.random.key(0))
+    made: Any = make_experience(built, recipe, world.dataset.labels, None)
+    return made.lower(*given).as_text()
+
+
+def judgement(recipe: Recipe, world: World) -> Any:
+    """The compiler's input for what candidates earn."""
+    request = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
+    shape = (len(request.user), 3)
+    codes, row = np.zeros((*shape, 3), np.int32), np.zeros(shape, np.int32)
+    log_p = np.zeros((*shape, 3), np.float32)
+    rollout = Rollout(codes, row, row, row == 0, log_p[..., 0], log_p, log_p)  # type: ignore[arg-type]
+    given = (make_catalogue(world.dataset, world.ids.codes), request, request, rollout)
+    return jax.jit(make_judge(recipe, world.dataset.labels, None)).lower(None, *given).as_text()
+
+
+def rl_step(recipe: Recipe, world: World) -> Any:
+    """The compiler's input for the whole RL step of a linear model, of three candidates per request."""
+    recipe = rl_recipe(recipe)
+    linear = linear_model(recipe.model, world.dataset.vocabulary(world.ids.codebook_sizes))
+    optimizer = make_optimizer(recipe.train)
+    state = jax.eval_shape(lambda: init_state(linear, optimizer, 0))
+    logged = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
+    shape = (len(logged.user), 3)
+    codes, log_p = np.zeros((*shape, 1), np.int32), np.zeros((*shape, 1), np.float32)
+    value, yes = np.zeros(shape, np.float32), np.ones(shape, bool)
+    group = Group(log_p, log_p, log_p, value, yes, yes, value)  # type: ignore[arg-type]
+    seen = Experience(logged, codes, group, codes, log_p, yes)  # type: ignore[arg-type]
+    trie = device_trie(world.ids.trie, recipe.model)
+    return jax.jit(make_rl_step(linear, recipe, optimizer)).lower(state, logged, seen, trie).as_text()
+
+
+def reinforcement(recipe: Recipe, world: World) -> Any:
+    """What an RL run is made from and what it leaves behind; its held-out recall falls by a tenth at every look."""
+    instant_training(world.monkeypatch)
+    steps, looks = instant_reinforcement(world.monkeypatch), iter(range(99))
+    world.monkeypatch.setattr(rl_loop, "_start_policy", _zeros)
+    with contextlib.suppress(StoppedError):
+        reinforce(recipe, lambda *_: lambda *_: {"recall": 0.9 ** next(looks)}, lambda line: None)
+    run = rl_recipe(recipe).run_directory
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "lines": [line | {"time": 0} for line in lines],
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+        "behaviour": [digest(step["behaviour"]) for step in steps],
+        "requests": [len(step["request"].user) for step in steps],
+        "logged": [len(step["logged"].user) for step in steps],
+    }
+
+
+def rl_start(recipe: Recipe, world: World) -> Any:
+    """The policy and the reward model that an RL run is given; before it there are runs of both, with every checkpoint."""
+    instant_training(world.monkeypatch)
+    instant_reward_training(world.monkeypatch)
+    pretrain(recipe.model_copy(update={"name": rsft_recipe(recipe).name}), lambda line: None)
+    train_reward(recipe, lambda line: None)
+    made_from = instant_reinforcement(world.monkeypatch)
+    reinforce(recipe, make_watch, lambda line: None)
+    return digest(made_from[0]["start"]), digest(made_from[0]["reward"])
+
+
+def _zeros(recipe: Recipe, abstract: TrainState) -> Any:
+    """A policy to start from that needs no run before it."""
+
+    def place(leaf):
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+    return {name: jax.tree.map(place, getattr(abstract, name)) for name in POLICY}
+
+
+def watched(recipe: Recipe, world: World) -> Any:
+    """What RL is watched by, for a stand-in model that recommends the first items."""
+    asked = []
+
+    def recommend(examples, seen, k):
+        asked.append((len(examples), k))
+        return rank(np.tile(-np.arange(world.dataset.num_items, dtype=float), (len(examples), 1)), seen, k), None
+
+    stand_in = SimpleNamespace(recommend=recommend, legality=lambda rows: float(len(rows)))
+    return make_watch(recipe, world.dataset)(stand_in, None), asked  # type: ignore[arg-type]

@@ -52,6 +52,23 @@ BOARD = {"evaluate.floors": ["popularity", "markov"]}
 ONE_OF_TWO = {"distributed": {"coordinator": "10.0.0.2:1", "processes": 2, "process": 0}}
 ITEM_HEAD = {"model.head": "items", "model.moe.experts": 0}
 BOTH_HEADS = {"model.head": "both", "model.item_input": "both"}
+SMALL_REWARD = {"reward.width": 8, "reward.heads": 2, "reward.hidden": 8, "reward.history": 6, "reward.batch_size": 4}
+SHORT_REWARD_RUN = {"reward.steps": 2, "reward.batch_size": 4, "reward.history": 6}
+RULES = {"rl.rewards": {"hit": 1.0}}
+DRAWN = {
+    **RULES, "rl.rollout": "sample", "rl.constrained": False, "rl.group": 4, "rl.format_samples": 2,
+    "model.moe.experts": 0,
+}  # fmt: skip
+CAPPED = {**RULES, "rl.share_cap": {}}
+SHORT_RL = {
+    **RULES, "rl.steps": 4, "rl.requests": 4, "rl.batch_size": 4, "rl.refresh_every": 2, "rl.watch_every": 2,
+    "rl.max_fall": 0.5, "rl.checkpoint_every": 2, "rl.log_every": 2,
+}  # fmt: skip
+RL_START = {
+    **SHORT_REWARD_RUN, **SHORT_RL, "rl.rewards": {"p_score": 1.0}, "rl.steps": 1, "rl.watch_every": 0,
+    "train.steps": 2, "train.checkpoint_every": 1,
+}  # fmt: skip
+PREFERENCE = {"rl.objective": "s_dpo"}
 FLIPS: dict[str, Flip] = {
     "name": Flip("another", probe.training, SHORT_RUN),
     "seed": Flip(1, probe.log_tables, SMALL_SIMULATOR),
@@ -199,6 +216,8 @@ FLIPS: dict[str, Flip] = {
     "train.negative_weight": Flip(0.5, probe.batch),
     "train.half_life_days": Flip(1.0, probe.batch),
     "train.half_life_from": Flip(0.5, probe.batch, {"train.half_life_days": 1.0}),
+    "train.kept_share": Flip(0.5, probe.batch),
+    "train.kept_per": Flip("user", probe.batch, {"train.kept_share": 0.5}),
     "train.code_targets": Flip(1, probe.item_step, BOTH_HEADS),
     "train.masked_share": Flip(0.5, probe.batch),
     "train.label_smoothing": Flip(0.1, probe.step),
@@ -233,11 +252,65 @@ FLIPS: dict[str, Flip] = {
     "evaluate.ease_lambda": Flip(10.0, probe.floor_scores, {"evaluate.floors": ["ease"]}),
     "evaluate.history_decay": Flip(0.5, probe.floor_scores, {"evaluate.floors": ["ease"]}),
     "evaluate.recall": Flip("pair", probe.board, BOARD),
+    "rsft.init_from": Flip("other", probe.fine_tuning),
+    "rsft.share": Flip(0.25, probe.fine_tuning),
+    "rsft.per": Flip("user", probe.fine_tuning),
+    "rsft.steps": Flip(100, probe.fine_tuning),
+    "rsft.learning_rate": Flip(4e-5, probe.fine_tuning),
+    "rsft.table_rate": Flip(2e-4, probe.fine_tuning),
+    "reward.objectives": Flip({"click": 1.0}, probe.reward_loss, SMALL_REWARD),
+    "reward.playtime_cap_s": Flip(60.0, probe.reward_loss, SMALL_REWARD),
+    "reward.width": Flip(16, probe.reward_loss, SMALL_REWARD),
+    "reward.heads": Flip(4, probe.reward_loss, SMALL_REWARD),
+    "reward.hidden": Flip(12, probe.reward_loss, SMALL_REWARD),
+    "reward.item_id": Flip(False, probe.reward_loss, SMALL_REWARD),
+    "reward.dropout": Flip(0.5, probe.reward_loss, SMALL_REWARD),
+    "reward.history": Flip(5, probe.reward_training, SHORT_REWARD_RUN),
+    "reward.steps": Flip(3, probe.reward_training, SHORT_REWARD_RUN),
+    "reward.batch_size": Flip(5, probe.reward_training, SHORT_REWARD_RUN),
+    "reward.learning_rate": Flip(1e-2, probe.reward_training, SHORT_REWARD_RUN),
+    "reward.weight_decay": Flip(1.0, probe.reward_training, SHORT_REWARD_RUN),
+    "rl.init_from": Flip("tiny-rsft@1", probe.rl_start, RL_START),
+    "rl.reward_run": Flip("tiny-reward@1", probe.rl_start, RL_START),
+    "rl.steps": Flip(3, probe.reinforcement, SHORT_RL),
+    "rl.requests": Flip(5, probe.reinforcement, SHORT_RL),
+    "rl.batch_size": Flip(5, probe.reinforcement, SHORT_RL),
+    "rl.ntp_weight": Flip(0.5, probe.rl_step),
+    "rl.weight": Flip(0.5, probe.rl_step),
+    "rl.learning_rate": Flip(2e-4, probe.rl_step),
+    "rl.table_rate": Flip(2e-4, probe.rl_step),
+    "rl.objective": Flip("grpo", probe.rl_step),
+    "rl.clip": Flip(0.3, probe.rl_step),
+    "rl.early_clip": Flip(0.2, probe.rl_step),
+    "rl.beta": Flip(0.2, probe.rl_step, PREFERENCE),
+    "rl.negatives": Flip(2, probe.rl_step, PREFERENCE),
+    "rl.kl_weight": Flip(0.1, probe.rl_step),
+    "rl.group": Flip(5, probe.experience, DRAWN),
+    "rl.rollout": Flip("beam", probe.experience, DRAWN),
+    "rl.constrained": Flip(True, probe.experience, DRAWN),
+    "rl.temperature": Flip(2.0, probe.experience, DRAWN),
+    "rl.top_k": Flip(3, probe.experience, DRAWN),
+    "rl.top_p": Flip(0.5, probe.experience, DRAWN),
+    "rl.distribution": Flip("legal", probe.rl_step),
+    "rl.refresh_every": Flip(3, probe.reinforcement, SHORT_RL),
+    "rl.rewards": Flip({"hit": 2.0}, probe.judgement, CAPPED),
+    "rl.share_cap": Flip(None, probe.judgement, CAPPED),
+    "rl.share_cap.share": Flip(0.5, probe.judgement, CAPPED),
+    "rl.share_cap.factor": Flip(0.1, probe.judgement, CAPPED),
+    "rl.share_cap.popular": Flip(0.5, probe.judgement, CAPPED),
+    "rl.format_samples": Flip(3, probe.experience, DRAWN),
+    "rl.format_weight": Flip(0.5, probe.rl_step),
+    "rl.watch_every": Flip(3, probe.reinforcement, SHORT_RL),
+    "rl.watch_examples": Flip(10, probe.watched),
+    "rl.watch_k": Flip(5, probe.watched),
+    "rl.max_fall": Flip(0.15, probe.reinforcement, SHORT_RL),
+    "rl.checkpoint_every": Flip(3, probe.reinforcement, SHORT_RL),
+    "rl.log_every": Flip(3, probe.reinforcement, SHORT_RL),
 }
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Paths of all settings; where a section is one of several kinds, those of each come after its kind."""
+    """Paths of all settings; where a section is one of several kinds, or may be left out, its own come after that."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if field.discriminator:
@@ -249,6 +322,9 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]
             yield from fields(kind, f"{prefix}{name}.")
         else:
             yield prefix + name
+            for section in get_args(kind):
+                if isinstance(section, type) and issubclass(section, BaseModel):
+                    yield from fields(section, f"{prefix}{name}.")
 
 
 KINDS = ("simulator", "kuairand", "amazon", "parquet", *MODULES)

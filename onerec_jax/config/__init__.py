@@ -15,6 +15,7 @@ from onerec_jax.config.data import (
 from onerec_jax.config.evaluate import EvaluateConfig
 from onerec_jax.config.experiment import Recipe, digest_of
 from onerec_jax.config.model import ModelConfig, MoEConfig, TablesConfig
+from onerec_jax.config.posttrain import RewardConfig, RLConfig, RSFTConfig, ShareCap
 from onerec_jax.config.section import Section, setting
 from onerec_jax.config.tokenizer import (
     RQVAE,
@@ -46,11 +47,15 @@ __all__ = [
     "ParquetSource",
     "ProductQuantizer",
     "QuantizerConfig",
+    "RLConfig",
+    "RSFTConfig",
     "RandomIds",
     "Recipe",
     "ResidualKMeans",
+    "RewardConfig",
     "Section",
     "SequentialIds",
+    "ShareCap",
     "SimulatorSource",
     "Source",
     "SplitConfig",

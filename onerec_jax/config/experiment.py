@@ -14,6 +14,7 @@ from pydantic import model_validator
 from onerec_jax.config.data import DataConfig
 from onerec_jax.config.evaluate import EvaluateConfig
 from onerec_jax.config.model import ModelConfig
+from onerec_jax.config.posttrain import RewardConfig, RLConfig, RSFTConfig
 from onerec_jax.config.section import Section, setting
 from onerec_jax.config.tokenizer import TokenizerConfig
 from onerec_jax.config.train import DistributedConfig, MeshConfig, TrainConfig
@@ -32,6 +33,9 @@ class Recipe(Section):
     distributed: DistributedConfig = DistributedConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    rsft: RSFTConfig = RSFTConfig()
+    reward: RewardConfig = RewardConfig()
+    rl: RLConfig = RLConfig()
 
     @model_validator(mode="after")
     def _samples_items(self) -> Recipe:
@@ -85,6 +89,13 @@ class Recipe(Section):
     @property
     def run_directory(self) -> Path:
         return Path(self.runs) / self.name
+
+    def stage(self, name: str, **sections: Section) -> Recipe:
+        """The recipe of a later stage: a run of its own, `NAME-stage`, on the same dataset and semantic IDs."""
+        data = self.data.model_copy(update={"directory": str(self.dataset_directory)})
+        tokenizer = self.tokenizer.model_copy(update={"directory": str(self.tokenizer_directory)})
+        changed = {"name": f"{self.name}-{name}", "data": data, "tokenizer": tokenizer, **sections}
+        return self.model_copy(update=changed)
 
     def to_yaml(self) -> str:
         buffer = io.StringIO()

@@ -84,6 +84,15 @@ class TrainConfig(Section):
         ge=0,
         lt=1,
     )
+    kept_share: float = setting(
+        1.0,
+        "share of the requests trained on, those with the longest play time; with masked_share, of the events that are targets",
+        gt=0,
+        le=1,
+    )
+    kept_per: Literal["user", "all"] = setting(
+        "all", "kept_share: what a play time is compared with, the user's own or all"
+    )
     code_targets: int = setting(
         0,
         "targets of a request, the first ones, whose codes are learnt beside all their items; 0 = all (model.head both)",

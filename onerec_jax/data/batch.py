@@ -101,6 +101,7 @@ def make_masked_batch(
     share: float,
     random: np.ndarray,
     weights: TargetWeights = ALIKE,
+    least_playtime_s: np.ndarray | None = None,
 ) -> Batch:
     """Requests whose targets are events taken out of the context at random, wherever in it they were.
 
@@ -116,6 +117,7 @@ def make_masked_batch(
         share: how much of a window is taken out, above 0 and below 1; one event at least is, and one stays.
         random: uniform numbers in [0, 1), float64 [B, 1 + events of a window].
         weights: what makes `target_weight`.
+        least_playtime_s: float [B], targets that were played for less, where that is known, count nothing.
     """
     batch = _unfilled_batch(dataset, codes.shape[1], model, len(users), targets)
     batch.user[:, 0], batch.user[:, 1:] = users, dataset.user_features[users]
@@ -141,6 +143,9 @@ def make_masked_batch(
             _fill_pathway(batch.positive, group, dataset, codes, positive, requests)
         _fill_targets(batch, group, dataset, codes, taken, weights)
         batch.visible[group] = np.array([len(rows) for rows in kept])[:, None]
+    if least_playtime_s is not None:
+        rejected = (batch.playtime_s >= 0) & (batch.playtime_s < least_playtime_s[:, None])
+        batch.target_weight[rejected] = 0.0
     return batch
 
 

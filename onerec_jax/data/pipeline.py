@@ -7,6 +7,7 @@ so that a step's requests are of like length; all of them are still taken once p
 function of the step ahead of the training loop, in threads or processes. The position is the step alone.
 
 With `train.masked_share` an example of train is a user, and which events are its targets is drawn anew at every step.
+With `train.kept_share` only the requests, or there the targets, of the longest play time are trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from onerec_jax.config import Recipe
 from onerec_jax.data.batch import TargetWeights, make_batch, make_masked_batch, window_lengths
 from onerec_jax.data.schema import Batch, ItemFeatures
+from onerec_jax.data.selection import least_playtime, longest_watched
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 
@@ -62,6 +64,8 @@ class Pipeline:
             users = np.flatnonzero(dataset.train_stops >= 2)
             ends = dataset.train_stops[users]
             examples = np.stack([users, ends, ends, ends], axis=1)
+        elif split == "train":
+            examples = longest_watched(dataset, examples, recipe.train.kept_share, recipe.train.kept_per)
         if not len(examples):
             raise InputError(f"{dataset.directory} has no {split} examples; data.split of its recipe leaves none")
         if len(codes) != dataset.num_items:
@@ -71,6 +75,8 @@ class Pipeline:
             )
         import grain  # Imports jax, which processes that only prepare data do not need.
 
+        masked = recipe.train.masked_share and split == "train"
+        least = least_playtime(dataset, recipe.train.kept_share, recipe.train.kept_per) if masked else None
         order = _Order(
             grain.MapDataset.range(len(examples)).shuffle(seed=recipe.seed % 2**32).repeat(),
             window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen)
@@ -82,7 +88,7 @@ class Pipeline:
         )
         rows = recipe.train.batch_size // process_count
         self._grain = grain
-        self._load = _Load(dataset, codes, recipe, split, examples, order, process_index * rows, rows)
+        self._load = _Load(dataset, codes, recipe, split, examples, order, process_index * rows, rows, least)
         self._train = recipe.train
         self._step = 0
         self._iterator: Any = None
@@ -171,6 +177,7 @@ class _Load:
     order: _Order
     first: int
     rows: int
+    least_playtime_s: np.ndarray | None  # float64 [U], what a masked target must have been played, None = nothing
 
     def __call__(self, step: int) -> dict[str, Any]:
         recipe = self.recipe
@@ -184,7 +191,9 @@ class _Load:
             shape = train.batch_size, 1 + recipe.model.short_length  # of all processes, whose number must not matter
             random = np.random.default_rng((recipe.seed, step)).random(shape)[mine]
             users = chosen[:, 0]
-            batch = make_masked_batch(*given, users, recipe.data.targets, train.masked_share, random, weights)
+            least = None if self.least_playtime_s is None else self.least_playtime_s[users]
+            targets = recipe.data.targets
+            batch = make_masked_batch(*given, users, targets, train.masked_share, random, weights, least)
         else:
             frozen = self.split != "train" and self.dataset.frozen
             batch = make_batch(*given, chosen, recipe.data.targets, weights, frozen=frozen)

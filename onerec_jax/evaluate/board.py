@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from onerec_jax.config import Recipe, Section, digest_of, setting
 from onerec_jax.data.prepare import prepare
@@ -27,6 +27,7 @@ from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import evaluate_floors
 from onerec_jax.evaluate.jobs import Job, Report, run_jobs
 from onerec_jax.evaluate.record import Record
+from onerec_jax.evaluate.stages import runs_of, split_stage
 from onerec_jax.recipe import CONFIGS, load_recipe
 from onerec_jax.train.metrics import read_metrics
 
@@ -37,7 +38,18 @@ class Board(Section):
     name: str = setting(..., "name of the board and of its folder", pattern=r"^[A-Za-z0-9._-]+$")
     recipe: str = setting(..., "recipe that all rows start from, by name or path", min_length=1)
     seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of every row", min_length=1)
-    rows: dict[str, tuple[str, ...]] = setting(..., "overrides of the recipe by row, as key.path=value", min_length=1)
+    rows: dict[str, tuple[str, ...]] = setting(
+        ...,
+        "overrides of the recipe by row, as key.path=value; stage=rsft or stage=rl trains on after it",
+        min_length=1,
+    )
+
+    @field_validator("rows")
+    @classmethod
+    def _stages(cls, rows: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for entries in rows.values():
+            split_stage(entries)
+        return rows
 
 
 def board_path(name: str) -> Path:
@@ -83,7 +95,8 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
     shared = load_recipe(board.recipe, overrides)
     found, trained = [], {}
     for seed in board.seeds:
-        for row, changes in board.rows.items():
+        for row, entries in board.rows.items():
+            stage, changes = split_stage(entries)
             own = [*overrides, *changes, f"seed={seed}", f"runs={folder / 'runs'}", "evaluate.floors=[]"]
             own += [f"data.directory={shared.dataset_directory}"]
             recipe = load_recipe(board.recipe, own)
@@ -92,8 +105,9 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             recipe = load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"])
             name, trains = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}", _training(recipe)
             run = trained.setdefault(trains, recipe.model_copy(update={"name": f"{name}_{trains}"}))
-            result = {"name": f"{name}_{recipe.digest()}", "runs": str(folder / "results")}
-            found.append(Job(row, seed, recipe.model_copy(update=result), run))
+            result = {"name": "_".join(filter(None, (name, recipe.digest(), stage))), "runs": str(folder / "results")}
+            runs = runs_of(recipe.model_copy(update={"name": name}), stage, run)
+            found.append(Job(row, seed, recipe.model_copy(update=result), runs, stage))
     return found
 
 
@@ -111,8 +125,9 @@ def _check_comparable(row: str, recipe: Recipe, shared: Recipe) -> None:
 
 
 def _training(recipe: Recipe) -> str:
-    """Equal for recipes that train the same model."""
-    return digest_of({name: value for name, value in recipe.stated().items() if name not in ("name", "evaluate")})
+    """Equal for recipes that pre-train the same model."""
+    others = ("name", "evaluate", "rsft", "reward", "rl")
+    return digest_of({name: value for name, value in recipe.stated().items() if name not in others})
 
 
 def run_board(
@@ -170,7 +185,7 @@ def _write(
         if result is None and job.result.exists():
             own = json.loads(job.result.read_text())
             record.add(job, own)
-            result = {**own, "curves": read_metrics(job.training.run_directory)}
+            result = {**own, "curves": read_metrics(job.runs.last)}
         if result is not None:
             found[job.row].append(result)
     rows = [Row(name, [metrics], [], [], floor=True) for name, metrics in floors["rows"].items()]

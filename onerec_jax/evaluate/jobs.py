@@ -20,9 +20,10 @@ from onerec_jax.config import Recipe
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.evaluation import evaluate
+from onerec_jax.evaluate.stages import Runs, Stage
 from onerec_jax.generate.load import load_recommender
 from onerec_jax.tokenizer.semantic_ids import fit_and_save
-from onerec_jax.train.loop import Report, code_revision, pretrain
+from onerec_jax.train.loop import Report, code_revision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Job:
     row: str
     seed: int
     recipe: Recipe  # its run directory holds the result
-    training: Recipe  # of the run to evaluate: of this row, or of an earlier one which differs in `evaluate` alone
+    runs: Runs  # of which the last is evaluated; those of an earlier row where they are the same
+    stage: Stage = ""
 
     @property
     def result(self) -> Path:
@@ -54,9 +56,9 @@ def run_job(job: Job, dataset: Dataset, report: Report = print) -> dict[str, Any
     if job.result.exists():
         return json.loads(job.result.read_text())
     recipe, started = job.recipe, time.perf_counter()
-    resumed = job.training.run_directory.exists()
+    resumed = job.runs.pretraining.run_directory.exists()
     fit_ids(job, dataset)
-    run = pretrain(job.training, report)
+    run = job.runs.make(report)
     recipe.run_directory.mkdir(parents=True, exist_ok=True)
     recommender = dataclasses.replace(load_recommender(str(run)), recipe=recipe, run=recipe.run_directory)
     evaluation = evaluate(recommender, report)
@@ -89,9 +91,7 @@ def run_jobs(jobs: list[Job], dataset: Dataset, processes: int, report: Report) 
     for job in jobs:  # before the processes, of which several may need the same IDs
         fit_ids(job, dataset)
     failed = []
-    first = {job.training.name: job for job in reversed(jobs)}.values()
-    later = [job for job in jobs if job not in first]
-    for part in ([job for job in jobs if job in first], later):  # two jobs never train the same run at a time
+    for part in waves(jobs):
         waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         ended: queue.SimpleQueue[tuple[Job, bool]] = queue.SimpleQueue()
         for job in part:
@@ -108,6 +108,22 @@ def run_jobs(jobs: list[Job], dataset: Dataset, processes: int, report: Report) 
         raise InputError(
             f"jobs failed, for the reasons above: {'; '.join(failed)}; the board goes on when called again"
         )
+
+
+def waves(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs in parts that run one after the other, so that no two train the same run at a time."""
+    found, made = [], set()
+    while jobs:
+        part, claimed = [], set()
+        for job in jobs:
+            needed = set(job.runs.names) - made
+            if not needed & claimed:
+                part.append(job)
+                claimed |= needed
+        made |= claimed
+        found.append(part)
+        jobs = [job for job in jobs if job not in part]
+    return found
 
 
 def _shares(processes: int) -> list[set[int] | None]:

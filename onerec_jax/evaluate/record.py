@@ -29,6 +29,10 @@ def settings_digest(recipe: Recipe) -> str:
     return digest_of(others, data, tokenizer)
 
 
+def _settings(job: Job) -> str:
+    return "-".join(filter(None, (settings_digest(job.recipe), job.stage)))
+
+
 class Record:
     """The results kept in a folder; without one there are none and none are kept."""
 
@@ -45,7 +49,7 @@ class Record:
         if path is None or not path.exists():
             return None
         result = json.loads(path.read_text())
-        return result if result["settings"] == settings_digest(job.recipe) else None
+        return result if result["settings"] == _settings(job) else None
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Keeps a result with its curves; one of other settings in its place is replaced."""
@@ -53,8 +57,8 @@ class Record:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        curves = thinned(read_metrics(job.training.run_directory))
-        kept = {"row": job.row, "seed": job.seed, "settings": settings_digest(job.recipe), **result, "curves": curves}
+        curves = thinned(read_metrics(job.runs.last))
+        kept = {"row": job.row, "seed": job.seed, "settings": _settings(job), **result, "curves": curves}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(kept, indent=1) + "\n")
         partial.rename(path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,29 @@ class Beams:
     item_score: Array | None = None  # float32 [B,I], log P of every item by the item head of a model with both
 
 
+class Generated(NamedTuple):
+    """Beams with the log-probabilities of their codes; every float of a beam that does not exist is -inf."""
+
+    codes: Array  # int32 [B,W,C]
+    leaf: Array  # int32 [B,W], leaf of the trie; -1 where there is no beam, or it is no item's
+    score: Array  # float32 [B,W], log-probability by which it was generated
+    log_p_all: Array  # float32 [B,W,C], log P of each code after those before it, among all of its level
+    log_p_legal: Array  # float32 [B,W,C], the same among those that go on to an item; -inf for any other
+
+
+LogP = Callable[[Array, Array | None, Array], Array]
+Perturb = Callable[[int, Array, Array], Array]
+
+
 def _pick(values: Array, parent: Array) -> Array:
     """values [B,W,..] at parent [B,W'] -> [B,W',..]."""
     index = parent.reshape(parent.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, index, axis=1)
+
+
+def events_seen(context: Context) -> Array:
+    """How many events of `short` a request has, int [B,1]: all that its next item may see of a causal encoder's."""
+    return jnp.sum(context.valid & (context.position >= 0), axis=1, keepdims=True) // context.per_event
 
 
 class _Search:
@@ -52,8 +71,7 @@ class _Search:
         self.bias = bias["decoder"]
         self.cross = self.decoder.cross_keys_values(context)
         self.mask = context.valid[:, None, :]
-        events = jnp.sum(context.valid & (context.position >= 0), axis=1, keepdims=True) // context.per_event
-        self.latest = self.decoder.latest(context, events)
+        self.latest = self.decoder.latest(context, events_seen(context))
         self.dtype = context.tokens.dtype
         self.past = self.decoder.empty_past(context.tokens.shape[0], 1, self.dtype)
 
@@ -70,49 +88,104 @@ class _Search:
         self.past = jax.tree.map(lambda a: pick(a, parent_BxW), self.past)
 
 
-def _search(module: OneRec, context: Context, bias: dict[str, Array], trie: DeviceTrie | None, width: int) -> Beams:
+def _step_down(trie: DeviceTrie, level: int, node_x: Array, code_x: Array) -> Array:
+    """The node that a code leads to, int32 [...]; -1 where it goes on to no item, or what came before did not."""
+    child, token, exists = children(trie, level, jnp.maximum(node_x, 0))
+    own = (token == code_x[..., None]) & exists & (node_x >= 0)[..., None]
+    return jnp.max(jnp.where(own, child, -1), axis=-1)
+
+
+def grow_beams(
+    module: OneRec,
+    context: Context,
+    bias: dict[str, Array],
+    trie: DeviceTrie,
+    width: int,
+    log_p: LogP,
+    perturb: Perturb | None = None,
+    *,
+    free: bool,
+) -> Generated:
+    """What beam search and sampling share: of all continuations of all beams, the `width` best stay at each level.
+
+    Args:
+        log_p: (logits [B,W,V], codes [B,W,J], which of these exist) -> log-probability [B,W,J] of every continuation, -inf
+            where there is none. In a free search the codes are None and J is V.
+        perturb: (level, log-probability [B,W,J] of every longer prefix, rank [B,W] of the beams) -> rank [B,W,J] of the
+            prefixes. None: they rank by their log-probability.
+
+    Returns:
+        The beams by descending rank; `score` is the sum of `log_p` over levels.
+    """
     search = _Search(module, context, bias)
     batch = context.tokens.shape[0]
-    score = jnp.zeros((batch, 1), jnp.float32)
+    score = rank = jnp.zeros((batch, 1), jnp.float32)
     codes = jnp.zeros((batch, 1, 0), jnp.int32)
+    among_all = among_legal = jnp.zeros((batch, 1, 0), jnp.float32)
     node = last = jnp.zeros((batch, 1), jnp.int32)
     for level in range(len(search.decoder.heads)):
         logits_BxWxV = search.logits(level, last)
-        if trie is None:
-            candidate = jnp.broadcast_to(jnp.arange(logits_BxWxV.shape[-1]), logits_BxWxV.shape)
-            child = candidate
-            total = score[..., None] + jax.nn.log_softmax(logits_BxWxV)
-        else:
-            child, candidate, exists = children(trie, level, node)
-            if search.decoder.config.softmax == "legal":
-                log_p = legal_log_softmax(logits_BxWxV, candidate, exists)[0]
-            else:
-                log_p = jax.nn.log_softmax(logits_BxWxV)
-            total = score[..., None] + jnp.take_along_axis(log_p, candidate, axis=-1)
-            total = jnp.where(exists, total, -jnp.inf)
+        child, token, exists = children(trie, level, jnp.maximum(node, 0))
+        total = score[..., None] + log_p(logits_BxWxV, None if free else token, exists)
+        ranks = total if perturb is None else perturb(level, total, rank)
         per_beam = total.shape[-1]
-        flat = total.reshape(batch, -1)
-        score, chosen = jax.lax.top_k(flat, min(width, flat.shape[-1]))
+        flat = ranks.reshape(batch, -1)
+        rank, chosen = jax.lax.top_k(flat, min(width, flat.shape[-1]))
+        score = rank if perturb is None else jnp.take_along_axis(total.reshape(batch, -1), chosen, axis=-1)
         parent = chosen // per_beam
-        last = jnp.take_along_axis(candidate.reshape(batch, -1), chosen, axis=-1)
-        node = jnp.take_along_axis(child.reshape(batch, -1), chosen, axis=-1)
-        codes = jnp.concatenate([_pick(codes, parent), last[..., None]], axis=-1)
+        if free:
+            last = chosen % per_beam
+            node = _step_down(trie, level, _pick(node, parent), last)
+        else:
+            last = jnp.take_along_axis(token.reshape(batch, -1), chosen, axis=-1)
+            node = jnp.take_along_axis(child.reshape(batch, -1), chosen, axis=-1)
+        of_all = jax.nn.logsumexp(logits_BxWxV, axis=-1)
+        legal_logits_BxWxJ = jnp.take_along_axis(logits_BxWxV, token, axis=-1)
+        of_legal = jax.nn.logsumexp(legal_logits_BxWxJ, axis=-1, where=exists)
+        places = parent * logits_BxWxV.shape[-1] + last
+        logit = jnp.take_along_axis(logits_BxWxV.reshape(batch, -1), places, axis=-1)
+        own_all = logit - _pick(of_all, parent)
+        own_legal = jnp.where(node >= 0, logit - _pick(of_legal, parent), -jnp.inf)
+        codes, among_all, among_legal = (
+            jnp.concatenate([_pick(before, parent), own[..., None]], axis=-1)
+            for before, own in ((codes, last), (among_all, own_all), (among_legal, own_legal))
+        )
         search.reorder(parent)
-    leaf = jnp.full_like(node, -1) if trie is None else jnp.where(jnp.isfinite(score), node, -1)
-    return Beams(codes=codes, leaf=leaf, score=score)
+    exists = jnp.isfinite(score)
+    among_all, among_legal = (jnp.where(exists[..., None], x, -jnp.inf) for x in (among_all, among_legal))
+    leaf = jnp.where(exists, node, -1)
+    return Generated(codes, leaf, score, among_all, among_legal)
+
+
+def beam_search(
+    module: OneRec, context: Context, bias: dict[str, Array], trie: DeviceTrie, width: int, *, free: bool
+) -> Generated:
+    """The `width` most probable beams of each encoded request, with the log-probabilities of their codes."""
+    assert module.decoder is not None, "a model with an item head has no codes to search"
+    legal = module.decoder.config.softmax == "legal"
+
+    def log_p(logits_BxWxV: Array, token: Array | None, exists: Array) -> Array:
+        if token is None:
+            return jax.nn.log_softmax(logits_BxWxV)
+        every = legal_log_softmax(logits_BxWxV, token, exists)[0] if legal else jax.nn.log_softmax(logits_BxWxV)
+        return jnp.where(exists, jnp.take_along_axis(every, token, axis=-1), -jnp.inf)
+
+    return grow_beams(module, context, bias, trie, width, log_p, free=free)
 
 
 def make_beam_search(model: Model, width: int, *, free: bool = False) -> Callable[..., Beams]:
     """A jitted search: (params, tables, bias, batch, trie) -> `width` beams per request, best first.
 
-    Fewer beams come back where fewer exist. `free` ignores the trie: what the model says without its help.
+    Fewer beams come back where fewer exist. `free` ignores the trie: what the model says without its help, with no leaves.
     """
 
     @jax.jit
     def search(params: Any, tables: dict[str, Table], bias: dict[str, Array], batch: Batch, trie: DeviceTrie) -> Beams:
         context = model.encode(params, tables, bias, batch)
         module = model.bind(params)
-        beams = _search(module, context, bias, None if free else trie, width)
+        found = beam_search(module, context, bias, trie, width, free=free)
+        leaf = jnp.full_like(found.leaf, -1) if free else found.leaf
+        beams = Beams(codes=found.codes, leaf=leaf, score=found.score)
         if free or module.head is None:
             return beams
         return dataclasses.replace(beams, item_score=model.item_scores(params, batch, context, trie))

@@ -47,6 +47,13 @@ class Recommender:
     def _mesh(self) -> Mesh:
         return make_mesh(self.recipe.mesh)
 
+    def with_state(self, state: TrainState) -> Recommender:
+        """The same with other parameters; what was compiled is kept."""
+        other = dataclasses.replace(self, state=state)
+        kept = ("_mesh", "_trie", "_search", "_free_search", "_score_all", "_score_codes")
+        vars(other).update({name: value for name, value in vars(self).items() if name in kept})
+        return other
+
     def _batches(self, examples: np.ndarray, size: int, inference: int = 0) -> Iterator[tuple[int, int, Batch]]:
         """(first example, how many are real, batch) with contexts that end at each example's cut.
 
@@ -161,6 +168,10 @@ class Recommender:
         return on_mesh(self._mesh, make_beam_search(self.model, self.recipe.evaluate.beam_width))
 
     @functools.cached_property
+    def _free_search(self) -> Callable[..., Beams]:
+        return on_mesh(self._mesh, make_beam_search(self.model, self.recipe.evaluate.beam_width, free=True))
+
+    @functools.cached_property
     def _score_all(self) -> Callable[..., jax.Array]:
         """(params, tables, bias, batch, trie) -> log P of every item [B,I] by the item head."""
 
@@ -211,7 +222,7 @@ class Recommender:
 
     def legality(self, examples: np.ndarray) -> float:
         """Share of unconstrained beams whose semantic ID belongs to an item."""
-        search = on_mesh(self._mesh, make_beam_search(self.model, self.recipe.evaluate.beam_width, free=True))
+        search = self._free_search
         legal = beams_seen = 0
         for _, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
             beams = search(self.state.params, self.state.tables, self.state.bias, batch, self._trie)

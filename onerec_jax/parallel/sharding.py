@@ -34,7 +34,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"moe/shared/down", ("hidden", "embed")),
     (r"(codes|items|memory_in|memory_out)/embedding", ("codes", "embed")),
     (r"heads/\d+/kernel", ("embed", "codes")),
-    (r"(tag|age|playtime|duration|feedback|features/\d+)/embedding", (None, "embed")),
+    (r"(author|tag|age|playtime|duration|feedback|features/\d+)/embedding", (None, "embed")),
     (r"(\w+_norm(/\d+)?|norm)/scale", (None,)),
     (r"(position|queries)", (None, "embed")),
     (r"decoder/bos", (None,)),

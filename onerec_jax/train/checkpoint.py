@@ -19,6 +19,8 @@ from onerec_jax.parallel.sharding import path_name
 from onerec_jax.recipe import make_recipe
 from onerec_jax.train.state import TrainState
 
+POLICY = ("params", "tables", "bias")  # what a forward pass needs of a train state
+
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -46,12 +48,18 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return [c.step for c in self._checkpointer.checkpoints]
 
-    def save(self, step: int, state: TrainState, position: dict[str, int], recipe: Recipe) -> None:
-        """Starts writing; returns once the state is copied, so that the loop may go on and donate it."""
+    def save(
+        self, step: int, state: TrainState, position: dict[str, int], recipe: Recipe, behaviour: Any = None
+    ) -> None:
+        """Starts writing; returns once the state is copied, so that the loop may go on and donate it.
+
+        `behaviour` is of RL: the older policy that generates.
+        """
         self.wait()
+        parts = {"state": _as_dict(state), "data": position, "recipe": recipe.model_dump(mode="json")}
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
-            {"state": _as_dict(state), "data": position, "recipe": recipe.model_dump(mode="json")},
+            parts if behaviour is None else parts | {"behaviour": behaviour},
             force=True,
             overwrite=step in self.steps(),
         )
@@ -80,13 +88,18 @@ class Checkpoints:
         loaded = self._checkpointer.load_checkpointables(step, {"state": wanted, "data": None})
         return TrainState(**loaded["state"]), {k: int(v) for k, v in loaded["data"].items()}
 
+    def restore_behaviour(self, abstract: TrainState, step: int | None = None) -> dict[str, Any]:
+        """`params`, `tables` and `bias` of the policy that generated when an RL run wrote this checkpoint."""
+        wanted = {name: getattr(abstract, name) for name in POLICY}
+        return self._checkpointer.load_checkpointables(self._known(step), {"behaviour": wanted})["behaviour"]
+
     def restore_model(self, abstract: TrainState, recipe: Recipe, step: int | None = None) -> dict[str, Any]:
         """`params`, `tables` and `bias` alone, placed as `abstract` says, whatever optimizer they were trained with.
 
         Raises:
             InputError: the checkpoint is of another model or dataset, or there is none.
         """
-        wanted = {name: getattr(abstract, name) for name in ("params", "tables", "bias")}
+        wanted = {name: getattr(abstract, name) for name in POLICY}
         step = self._fitting(wanted, recipe, step)
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):

@@ -81,7 +81,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
         if given is not None:
             state = dataclasses.replace(state, **given)
     if first:
-        _write_config(run, recipe)
+        write_config(run, recipe)
 
     trie = training_trie(recipe.model, ids.trie)
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
@@ -152,7 +152,7 @@ def code_revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _write_config(run: Path, recipe: Recipe) -> None:
+def write_config(run: Path, recipe: Recipe) -> None:
     """config.yaml: the resolved recipe under its digest and the git revision of the code."""
     (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {code_revision()}\n{recipe.to_yaml()}")
 

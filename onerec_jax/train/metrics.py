@@ -67,5 +67,5 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     """All whole lines of a run's `metrics.jsonl`; where a resumed run repeats a step, its last line counts."""
     whole_lines = (directory / "metrics.jsonl").read_text().split("\n")[:-1]
     lines = [json.loads(line) for line in whole_lines]
-    latest = {(line["step"], "valid/loss" in line): line for line in lines}
+    latest = {(line["step"], *sorted(line)): line for line in lines}  # lines of one kind have the same names
     return [latest[key] for key in sorted(latest)]

@@ -26,7 +26,7 @@ from onerec_jax.train.optimizer import learning_rate
 from onerec_jax.train.state import TrainState
 
 
-def _micro_batches(batch: Batch, count: int) -> Batch:
+def micro_batches(batch: Any, count: int) -> Any:
     """[B,..] -> [count, B/count, ..], strided so that every device keeps its own rows."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
 
@@ -120,7 +120,7 @@ def make_train_step(
             def accumulate(carry: Any, xs: Any):
                 return jax.tree.map(jnp.add, carry, micro(*xs)), None
 
-            parts = _micro_batches(local, train.accumulation)
+            parts = micro_batches(local, train.accumulation)
             shapes = jax.eval_shape(micro, 0, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, metrics, routed), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(train.accumulation), parts))

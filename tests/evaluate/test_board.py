@@ -12,6 +12,7 @@ import yaml
 
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate import jobs as runs
+from onerec_jax.evaluate import stages
 from onerec_jax.evaluate.board import Board, jobs, load_board, run_board
 from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import Evaluation
@@ -65,7 +66,7 @@ def trained(monkeypatch, tiny_recipe):
 
     small_beam = tiny_recipe.evaluate.beam_width
 
-    monkeypatch.setattr(runs, "pretrain", pretrain)
+    monkeypatch.setattr(stages, "pretrain", pretrain)
     monkeypatch.setattr(runs, "load_recommender", lambda run: Loaded(Path(run), Path(run), None))
     monkeypatch.setattr(runs, "evaluate", evaluate)
     return done
@@ -126,10 +127,10 @@ def test_rows_that_differ_in_evaluation_alone_share_a_run(recipe, trained, tmp_p
     rows = {"plain": (), "wide": (f"evaluate.beam_width={width + 1}",), "wider": ("model.ffn_hidden=64",)}
     board = Board(name="small", recipe=recipe, seeds=(0, 1), rows=rows)
     folder = run_board(board, folder=tmp_path / "board", only=only, report=lambda line: None)
-    assert trained.count((48, 0)) == (1 if only else 2) and len({job.training.name for job in jobs(board)}) == 4
-    runs = {job.training.run_directory for job in jobs(board, folder=tmp_path / "board")}
+    assert trained.count((48, 0)) == (1 if only else 2) and len({job.runs.pretraining.name for job in jobs(board)}) == 4
+    runs = {job.runs.pretraining.run_directory for job in jobs(board, folder=tmp_path / "board")}
     otherwise = jobs(board, ["evaluate.free_examples=7"], folder=tmp_path / "board")
-    assert {job.training.run_directory for job in otherwise} == runs and not any(
+    assert {job.runs.pretraining.run_directory for job in otherwise} == runs and not any(
         job.result.exists() for job in otherwise
     )
     table = (folder / "board.md").read_text()
@@ -232,3 +233,63 @@ def test_a_job_that_fails_is_named_after_the_others_have_ended(recipe, tmp_path)
     board = Board(name="pair", recipe=recipe, seeds=(0,), rows={"bad": ("mesh.data=7",), "worse": ("mesh.data=9",)})
     with pytest.raises(InputError, match=r"bad, seed 0.*worse, seed 0|worse, seed 0.*bad, seed 0"):
         run_board(board, folder=tmp_path / "out", processes=2, report=lambda line: None)
+
+
+@pytest.fixture
+def staged(trained, monkeypatch):
+    """Stand-ins for what comes after pre-training; the list of what was made, as (stage, name of the run)."""
+    made = []
+
+    def stand_in(stage, derive):
+        def train(recipe, *rest):
+            own = derive(recipe)
+            made.append((stage, own.name))
+            own.run_directory.mkdir(parents=True)
+            (own.run_directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+            (own.run_directory / "config.yaml").write_text(own.to_yaml())
+            return own.run_directory
+
+        return train
+
+    monkeypatch.setattr(stages, "rsft", stand_in("rsft", stages.rsft_recipe))
+    monkeypatch.setattr(stages, "train_reward", stand_in("reward", stages.reward_recipe))
+    monkeypatch.setattr(stages, "reinforce", stand_in("rl", stages.rl_recipe))
+    return made
+
+
+def test_rows_of_later_stages_share_the_runs_that_they_begin_with(recipe, trained, staged, tmp_path):
+    rows = {
+        "plain": (), "RSFT": ("stage=rsft",), "ECPO": ("stage=rl",), "GRPO": ("stage=rl", "rl.objective=grpo"),
+        "hits": ("stage=rl", "rl.rewards={hit: 1.0, p_score: 0}"), "half": ("stage=rl", "rsft.share=0.3"),
+    }  # fmt: skip
+    board = Board(name="later", recipe=recipe, seeds=(0,), rows=rows)
+
+    folder = run_board(board, folder=tmp_path / "out", report=lambda line: None, only="plain")
+    assert trained == [(48, 0)] and staged == []
+    planned = {job.row: job for job in jobs(board, folder=tmp_path / "out")}
+    pretraining = {job.runs.pretraining.name for job in planned.values()}
+    assert len(pretraining) == 1
+    assert planned["ECPO"].runs.names[:3] == planned["GRPO"].runs.names[:3]
+    assert planned["RSFT"].runs.names == planned["ECPO"].runs.names[:2] and planned["GRPO"].runs.reward is not None
+    assert planned["hits"].runs.reward is None and planned["half"].runs.rsft.name != planned["RSFT"].runs.rsft.name
+    assert len({job.runs.last for job in planned.values()}) == len({job.result for job in planned.values()}) == 6
+    row = planned["GRPO"].runs
+    assert row.rl.rl.init_from == str(stages.rsft_recipe(row.rsft).run_directory)
+    assert row.rl.rl.reward_run == str(stages.reward_recipe(row.reward).run_directory)
+    assert row.rsft.rsft.init_from == str(row.pretraining.run_directory)
+    run_board(board, folder=folder, report=lambda line: None, only="GRPO")
+    assert [stage for stage, _ in staged] == ["rsft", "reward", "rl"]
+
+
+def test_no_two_jobs_of_a_wave_train_the_same_run(recipe, tmp_path):
+    rows = {"plain": (), "RSFT": ("stage=rsft",), "ECPO": ("stage=rl",), "GRPO": ("stage=rl", "rl.objective=grpo")}
+    planned = jobs(Board(name="later", recipe=recipe, seeds=(0, 1), rows=rows), folder=tmp_path)
+    found = [[job.row for job in wave] for wave in runs.waves(planned)]
+    assert found == [["plain", "plain"], ["RSFT", "RSFT"], ["ECPO", "ECPO"], ["GRPO", "GRPO"]]
+
+
+def test_a_stage_that_does_not_exist_is_refused(tmp_path):
+    path = tmp_path / "board.yaml"
+    path.write_text("recipe: quickstart\nrows: {late: [stage=export]}\n")
+    with pytest.raises(InputError, match="stage=export must be one of rsft, rl"):
+        load_board(str(path))

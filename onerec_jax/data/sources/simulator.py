@@ -10,7 +10,7 @@ Axis letters: N users or (user, item, moment) triples, S sessions, D days, K top
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,11 +71,21 @@ def make_platform(source: SimulatorSource, seed: int) -> Platform:
 def tables(source: SimulatorSource, seed: int) -> Tables:
     """The whole log of `source.users` users in time order, with the catalogue and the users."""
     platform = make_platform(source, seed)
-    cohorts = list(_cohorts(platform, stop=source.users))
-    columns = {name: np.concatenate([cohort[name] for cohort in cohorts]) for name in cohorts[0]}
-    by_time = np.argsort(columns["timestamp_ms"], kind="stable")
-    events = pa.table({name: values[by_time] for name, values in columns.items()})
-    return validate(Tables(events, _item_table(platform.world), _user_table(platform.world)), "simulator")
+    events = _event_table(_cohorts(platform, stop=source.users))
+    users = _user_table(platform.world, 0, source.users)
+    return validate(Tables(events, _item_table(platform.world), users), "simulator")
+
+
+def fresh_log(platform: Platform, users: int) -> tuple[pa.Table, pa.Table]:
+    """Events in time order and the table of the next `users` users after those of `tables`.
+
+    They are the users that `stream` goes on with, and these are their events there.
+    """
+    first = platform.world.source.users
+    cohorts = _cohorts(platform, first + users, first)
+    asked = ((cohort, cohort["user_id"] < first + users) for cohort in cohorts)
+    events = _event_table({name: values[kept] for name, values in cohort.items()} for cohort, kept in asked)
+    return events, _user_table(platform.world, first, first + users)
 
 
 def stream(
@@ -121,6 +131,34 @@ def expected_feedback(
     return response.probabilities(drawn_to, duration_s, platform.intercepts)
 
 
+def respond(
+    platform: Platform, user_ids: ArrayLike, item_ids: ArrayLike, time_ms: ArrayLike, rng: np.random.Generator
+) -> Columns:
+    """What users do with what they are shown: play time, duration and every label as in the log's columns, each [N].
+
+    Whatever is shown, as many numbers are drawn and in the same order: with equal generators two lists for the same
+    users meet the same luck, place by place (common random numbers).
+
+    Args:
+        user_ids, item_ids, time_ms: as in `expected_watch_time`.
+        rng: where the luck comes from.
+    """
+    drawn_to, duration_s = _attraction(platform, user_ids, item_ids, time_ms)
+    shape, drawn_to, duration_s = drawn_to.shape, drawn_to.ravel(), duration_s.ravel()
+    click, long_view, played_s = response.draw_view(rng, drawn_to, duration_s, platform.intercepts)
+    chances = response.probabilities(drawn_to, duration_s, platform.intercepts)
+    columns = {
+        "playtime_ms": (played_s * 1000.0).astype(np.int64),
+        "duration_ms": (duration_s * 1000.0).astype(np.int64),
+        "click": click,
+        "long_view": long_view,
+    }
+    for name in list(response.MARGINALS)[2:]:
+        possible, share = (~click, 1 - chances["click"]) if name == "hate" else (click, chances["click"])
+        columns[name] = possible & (rng.random(len(share)) * share < chances[name])
+    return {name: values.reshape(shape) for name, values in columns.items()}
+
+
 def _attraction(
     platform: Platform, user_ids: ArrayLike, item_ids: ArrayLike, time_ms: ArrayLike
 ) -> tuple[Floats, Floats]:
@@ -149,10 +187,12 @@ def _cohort_size(world: World) -> int:
     return int(np.clip(min(2**19 / world.source.events_per_user, 2**22 / days_by_topics), 16, 2048))
 
 
-def _cohorts(platform: Platform, stop: int | None) -> Iterator[Columns]:
-    """Events of users 0..stop-1, or without end; a cohort never spans `source.users`, so both give the same events."""
+def _cohorts(platform: Platform, stop: int | None, start: int = 0) -> Iterator[Columns]:
+    """Events of users `start` = 0 or `source.users` on, up to the cohort of user stop-1, or without end.
+
+    A cohort never spans `source.users`, so that all callers get the same events.
+    """
     size, edge = _cohort_size(platform.world), platform.world.source.users
-    start = 0
     while stop is None or start < stop:
         end = min(start + size, edge) if start < edge else start + size
         cohort = make_users(platform.world, np.arange(start, end))
@@ -231,6 +271,14 @@ def _sessions(rng: np.random.Generator, events: Ints, period_s: float) -> tuple[
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
+def _event_table(cohorts: Iterable[Columns]) -> pa.Table:
+    """The events of some cohorts, joined and put in time order."""
+    parts = list(cohorts)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    by_time = np.argsort(columns["timestamp_ms"], kind="stable")
+    return pa.table({name: values[by_time] for name, values in columns.items()})
+
+
 def _item_table(world: World) -> pa.Table:
     titles, tags = texts(world)
     flat = pa.array(world.embedding.ravel())
@@ -247,9 +295,9 @@ def _item_table(world: World) -> pa.Table:
     )
 
 
-def _user_table(world: World) -> pa.Table:
-    block, stop = _cohort_size(world), world.source.users
-    blocks = [make_users(world, np.arange(start, min(start + block, stop))) for start in range(0, stop, block)]
+def _user_table(world: World, first: int, stop: int) -> pa.Table:
+    block = _cohort_size(world)
+    blocks = [make_users(world, np.arange(start, min(start + block, stop))) for start in range(first, stop, block)]
     return pa.table(
         {
             "user_id": np.concatenate([part.ids for part in blocks]),

@@ -1,0 +1,112 @@
+"""From logged requests to what an RL step learns from: candidates, what they earned, and their probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.schema import Batch
+from onerec_jax.model.onerec import Model
+from onerec_jax.model.prefixes import DeviceTrie
+from onerec_jax.posttrain.group import Group
+from onerec_jax.posttrain.judge import make_judge
+from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, make_rollout
+from onerec_jax.posttrain.step import AGAINST_THE_LOG, FROM_THE_START, Experience
+from onerec_jax.reward.candidates import Catalogue
+from onerec_jax.reward.format import format_advantage, legality
+from onerec_jax.reward.pscore import RewardModel
+from onerec_jax.train.metrics import Metrics
+
+Policy = dict[str, Any]  # params, tables and bias, see `checkpoint.POLICY`
+
+
+def make_experience(
+    model: Model, recipe: Recipe, labels: tuple[str, ...], reward: RewardModel | None
+) -> Callable[..., tuple[Experience, Metrics]]:
+    """Jitted: (behaviour, start, reward's parameters, catalogue, request, history, trie, leaf_item, key) -> experience, metrics.
+
+    `behaviour` is the policy that generates, `start` the one that RL began with; `request` and `history` are the same
+    requests as the policy and as the reward model read them. A pure function: with what it is given and the key, what is
+    generated after a restart is what was generated before.
+    """
+    settings = recipe.rl
+    rollout_of = make_rollout(model, settings)
+    shared = not settings.constrained  # the format reward then looks at the same candidates
+    looks = settings.format_weight > 0 and settings.format_samples > 0
+    free_of = None if shared or not looks else make_rollout(model, settings, free=True)
+    judge = make_judge(recipe, labels, reward)
+    positive = tuple(i for i, name in enumerate(labels) if name in recipe.data.positive_labels)
+
+    def log_p(policy: Policy, request: Batch, codes: Array, valid: Array, trie: DeviceTrie) -> Array:
+        local, rows = model.read(policy["tables"], request)
+        module = model.bind(policy["params"])
+        context = module.encode(local, rows, policy["bias"], None)[0]
+        return candidate_log_p(module, context, codes, valid, policy["bias"], trie, settings.distribution)
+
+    @jax.jit
+    def experience(
+        behaviour: Policy,
+        start: Policy,
+        reward_params: Any,
+        catalogue: Catalogue,
+        request: Batch,
+        history: Batch,
+        trie: DeviceTrie,
+        leaf_item: Array,
+        key: Array,
+    ) -> tuple[Experience, Metrics]:
+        keys = jax.random.split(key, 4)
+        given = (behaviour["params"], behaviour["tables"], behaviour["bias"], request, trie, leaf_item)
+        rollout: Rollout = rollout_of(*given, keys[0])
+        judged = judge(reward_params, catalogue, request, history, rollout)
+        metrics = dict(judged.metrics)
+        old = rollout.log_p_legal if settings.distribution == "legal" else rollout.log_p_all
+        codes, valid, reward = rollout.codes, judged.valid, judged.reward
+        logged = jnp.zeros(valid.shape, bool)
+        if settings.objective in AGAINST_THE_LOG:
+            liked = request.target_weight > 0
+            if positive:
+                liked &= jnp.any(request.feedback[..., jnp.array(positive)] > 0, axis=-1)
+            theirs = log_p(behaviour, request, request.targets, liked, trie)
+            met = jnp.any(jnp.all(codes[:, :, None] == request.targets[:, None], axis=-1) & liked[:, None], axis=-1)
+            codes = jnp.concatenate([codes, request.targets], axis=1)
+            old = jnp.concatenate([old, theirs], axis=1)
+            reward = jnp.concatenate([reward, jnp.zeros(liked.shape)], axis=1)
+            valid, logged = (
+                jnp.concatenate(pair, axis=1) for pair in ((valid & ~met, liked), (logged, jnp.ones_like(liked)))
+            )
+        reference = old
+        if settings.kl_weight or settings.objective in FROM_THE_START:
+            reference = log_p(start, request, codes, valid, trie)
+        chance = jax.random.uniform(keys[1], valid.shape)
+        group = Group(jnp.zeros(old.shape), old, reference, reward, valid, logged, chance)
+
+        searched = rollout
+        if free_of is not None:
+            searched = free_of(*given, keys[2])
+        legal = searched.leaf >= 0
+        if free_of is not None or shared:
+            metrics["legality"] = legality(legal, searched.exists)
+        size = settings.format_samples if looks else 0
+        chance = jax.random.uniform(keys[3], legal.shape)
+        advantage, chosen = format_advantage(legal, searched.exists, chance, size)
+        first = jnp.argsort(~chosen, axis=1, stable=True)[:, :size]  # the chosen ones, in their order
+
+        def looked_at(x: Array) -> Array:
+            return jnp.take_along_axis(x, first.reshape(*first.shape, *[1] * (x.ndim - 2)), axis=1)
+
+        return Experience(
+            request=request,
+            codes=codes,
+            group=group,
+            format_codes=looked_at(searched.codes),
+            format_old=looked_at(searched.log_p_all),
+            format_valid=looked_at(advantage > 0),
+        ), metrics
+
+    return experience

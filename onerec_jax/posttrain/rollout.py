@@ -1,0 +1,131 @@
+"""Candidates of a request, generated for reinforcement learning, and their log-probabilities with a gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from onerec_jax.config import RLConfig
+from onerec_jax.generate.beam import beam_search, events_seen
+from onerec_jax.generate.sample import sample
+from onerec_jax.model.batch import Batch
+from onerec_jax.model.encoder import Context
+from onerec_jax.model.onerec import Model, OneRec
+from onerec_jax.model.prefixes import DeviceTrie, legal_log_probabilities
+from onerec_jax.model.table_rows import Table
+from onerec_jax.tokenizer.trie import Trie
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """G different candidates per request: the most probable first under beam search, else in the order drawn."""
+
+    codes: Array  # int32 [B,G,C], semantic ID; 0 where there is no candidate
+    leaf: Array  # int32 [B,G], leaf of the trie; -1 where there is no candidate, or it is no item's
+    item: Array  # int32 [B,G], row of the item that is served first for the leaf; -1 where there is no leaf
+    exists: (
+        Array  # bool [B,G]; fewer than G candidates exist where the catalogue, or what top_k and top_p leave, is small
+    )
+    score: Array  # float32 [B,G], log-probability by which it was generated; -inf where there is no candidate
+    log_p_all: Array  # float32 [B,G,C], log P of each code after those before it, among all of its level
+    log_p_legal: Array  # float32 [B,G,C], the same among those that go on to an item; -inf for any other
+
+
+def first_items(trie: Trie) -> np.ndarray:
+    """Row of the item that is served first for each leaf, int32 [leaves]."""
+    return trie.items[trie.item_start[:-1]]
+
+
+def make_rollout(
+    model: Model, config: RLConfig, *, free: bool | None = None, width: int | None = None
+) -> Callable[..., Rollout]:
+    """Jitted: (params, tables, bias, batch, trie, leaf_item int32 [leaves], key) -> the candidates of each request.
+
+    `leaf_item` is that of `first_items`. Beam search does not use the key.
+
+    Args:
+        free: ignore the trie while searching; None: as `rl.constrained` says.
+        width: G; None: `rl.group`.
+    """
+    unbound = not config.constrained if free is None else free
+    group = config.group if width is None else width
+
+    @jax.jit
+    def rollout(
+        params: Any,
+        tables: dict[str, Table],
+        bias: dict[str, Array],
+        batch: Batch,
+        trie: DeviceTrie,
+        leaf_item: Array,
+        key: Array,
+    ) -> Rollout:
+        context = model.encode(params, tables, bias, batch)
+        module = model.bind(params)
+        if config.rollout == "beam":
+            found = beam_search(module, context, bias, trie, group, free=unbound)
+        else:
+            found = sample(
+                module, context, bias, trie, group, key,
+                free=unbound, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            )  # fmt: skip
+
+        def padded(values: Array, value: float) -> Array:
+            rest = [(0, 0)] * (values.ndim - 2)
+            return jnp.pad(values, [(0, 0), (0, group - values.shape[1]), *rest], constant_values=value)
+
+        score, leaf = padded(found.score, -jnp.inf), padded(found.leaf, -1)
+        exists = jnp.isfinite(score)
+        return Rollout(
+            codes=jnp.where(exists[..., None], padded(found.codes, 0), 0),
+            leaf=leaf,
+            item=jnp.where(leaf >= 0, leaf_item[jnp.maximum(leaf, 0)], -1),
+            exists=exists,
+            score=score,
+            log_p_all=padded(found.log_p_all, -jnp.inf),
+            log_p_legal=padded(found.log_p_legal, -jnp.inf),
+        )
+
+    return rollout
+
+
+def candidate_log_p(
+    module: OneRec,
+    context: Context,
+    codes_BxGxC: Array,
+    valid_BxG: Array,
+    bias: dict[str, Array],
+    trie: DeviceTrie | None,
+    distribution: Literal["all", "legal"],
+) -> Array:
+    """log P(s^c | s^1..s^{c-1}, context) of each code of each candidate, float32 [B,G,C], differentiable.
+
+    One teacher-forced pass without dropout: the G candidates of a request share its context, and each sees all of it.
+
+    Args:
+        codes_BxGxC: int; what stands where not valid can be anything, has log P 0 and no gradient.
+        valid_BxG: bool; with `distribution` "legal" only semantic IDs of the trie may be valid.
+        distribution: "all": the softmax over all codes of a level; "legal": that over the codes that go on to an item.
+
+    Raises:
+        ValueError: "legal" without a trie.
+    """
+    assert module.decoder is not None, "a model with an item head has no codes to score"
+    codes = jnp.where(valid_BxG[..., None], codes_BxGxC, 0)
+    visible = jnp.broadcast_to(events_seen(context), valid_BxG.shape)
+    logits, _ = module.decoder(context, codes, visible, valid_BxG, bias["decoder"], None)
+    if distribution == "all":
+        levels = [jax.nn.log_softmax(level) for level in logits]
+    elif trie is None:
+        raise ValueError("rl.distribution legal needs the trie of the semantic IDs")
+    else:
+        levels = [log_p for log_p, _ in legal_log_probabilities(logits, codes, trie)]
+    own = [jnp.take_along_axis(log_p, codes[..., i, None], axis=-1) for i, log_p in enumerate(levels)]
+    return jnp.where(valid_BxG[..., None], jnp.concatenate(own, axis=-1), 0.0)
