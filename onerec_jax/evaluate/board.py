@@ -27,7 +27,7 @@ from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import evaluate_floors
 from onerec_jax.evaluate.jobs import Job, Report, run_jobs
 from onerec_jax.evaluate.record import Record
-from onerec_jax.evaluate.stages import runs_of, split_stage
+from onerec_jax.evaluate.stages import relevant, runs_of, split_stage
 from onerec_jax.recipe import CONFIGS, load_recipe
 from onerec_jax.train.metrics import read_metrics
 
@@ -102,7 +102,7 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             recipe = load_recipe(board.recipe, own)
             _check_comparable(row, recipe, shared)
             ids = digest_of(recipe.tokenizer.stated(), recipe.data.stated(), seed)
-            recipe = load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"])
+            recipe = relevant(load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"]), stage)
             name, trains = f"{re.sub(r'[^A-Za-z0-9]+', '_', row).strip('_')}_{seed}", _training(recipe)
             run = trained.setdefault(trains, recipe.model_copy(update={"name": f"{name}_{trains}"}))
             result = {"name": "_".join(filter(None, (name, recipe.digest(), stage))), "runs": str(folder / "results")}

@@ -35,6 +35,12 @@ def split_stage(changes: tuple[str, ...]) -> tuple[Stage, list[str]]:
     return stage, [change for change in changes if not change.startswith(PREFIX)]  # type: ignore[return-value]
 
 
+def relevant(recipe: Recipe, stage: Stage) -> Recipe:
+    """The recipe without what stages after this one are told, so that a change of theirs changes no earlier result."""
+    later = {"": ("rsft", "reward", "rl"), "rsft": ("reward", "rl"), "rl": ()}[stage]
+    return recipe.model_copy(update={name: type(getattr(recipe, name))() for name in later})
+
+
 @dataclasses.dataclass(frozen=True)
 class Runs:
     """The recipes of a row's runs in the order in which they are made; the last is the one that is evaluated."""

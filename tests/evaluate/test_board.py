@@ -16,7 +16,7 @@ from onerec_jax.evaluate import stages
 from onerec_jax.evaluate.board import Board, jobs, load_board, run_board
 from onerec_jax.evaluate.board_page import Row, html, markdown
 from onerec_jax.evaluate.evaluation import Evaluation
-from onerec_jax.evaluate.record import thinned
+from onerec_jax.evaluate.record import settings_digest, thinned
 from onerec_jax.recipe import CONFIGS
 
 
@@ -279,6 +279,16 @@ def test_rows_of_later_stages_share_the_runs_that_they_begin_with(recipe, traine
     assert row.rsft.rsft.init_from == str(row.pretraining.run_directory)
     run_board(board, folder=folder, report=lambda line: None, only="GRPO")
     assert [stage for stage, _ in staged] == ["rsft", "reward", "rl"]
+
+
+def test_what_later_stages_are_told_changes_no_earlier_result(recipe, tmp_path):
+    rows = {"plain": (), "RSFT": ("stage=rsft",), "ECPO": ("stage=rl",)}
+    board = Board(name="later", recipe=recipe, seeds=(0,), rows=rows)
+    before, after = (
+        {job.row: (job.result, settings_digest(job.recipe)) for job in jobs(board, change, tmp_path)}
+        for change in ([], ["rl.steps=7", "reward.steps=7"])
+    )
+    assert before["plain"] == after["plain"] and before["RSFT"] == after["RSFT"] and before["ECPO"] != after["ECPO"]
 
 
 def test_no_two_jobs_of_a_wave_train_the_same_run(recipe, tmp_path):
