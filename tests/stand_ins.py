@@ -27,7 +27,8 @@ WIDTH = 4
 def linear_model(config: ModelConfig, vocabulary: Vocabulary) -> Any:
     """A model of one matrix and one table that predicts the first code of every target from the user alone.
 
-    `encode` and `decoder` are the two halves of the same, for candidates of which one code is looked at. Its experts have a fixed, uneven load. `micro_batches` collects the batch sizes it is traced with.
+    `encode` and `decoder` are the two halves of it. Its experts have a fixed, uneven load. `micro_batches` collects the batch
+    sizes it is traced with.
     """
     codes, experts = vocabulary.codebook_sizes[0], max(4, config.moe.experts)
     micro_batches: set[int] = set()
@@ -133,14 +134,14 @@ def instant_reinforcement(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     """Makes every step of `reinforce` add one to all parameters of a linear model, from candidates that nobody generated.
 
     Returns:
-        What each step will have been made from: the policy that generates, the one that the run started with, parameters of
-        the reward model, requests that candidates are generated for, and logged ones.
+        What each step will have been made from: the policy that generates, the requests that it generates candidates for, and
+        logged ones.
     """
     steps: list[dict[str, Any]] = []
 
     def make_experience(model, recipe, labels, reward):
         def stand_in(behaviour, began, reward_params, catalogue, request, history, trie, leaf_item, key):
-            steps.append({"behaviour": behaviour, "start": began, "reward": reward_params, "request": request})
+            steps.append({"behaviour": behaviour, "request": request})
             return None, {"reward": (1.0, 1.0), "reward/best": (1.0, 1.0)}
 
         return stand_in

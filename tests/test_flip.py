@@ -64,10 +64,6 @@ SHORT_RL = {
     **RULES, "rl.steps": 4, "rl.requests": 4, "rl.batch_size": 4, "rl.refresh_every": 2, "rl.watch_every": 2,
     "rl.max_fall": 0.5, "rl.checkpoint_every": 2, "rl.log_every": 2,
 }  # fmt: skip
-RL_START = {
-    **SHORT_REWARD_RUN, **SHORT_RL, "rl.rewards": {"p_score": 1.0}, "rl.steps": 1, "rl.watch_every": 0,
-    "train.steps": 2, "train.checkpoint_every": 1,
-}  # fmt: skip
 PREFERENCE = {"rl.objective": "s_dpo"}
 FLIPS: dict[str, Flip] = {
     "name": Flip("another", probe.training, SHORT_RUN),
@@ -270,8 +266,8 @@ FLIPS: dict[str, Flip] = {
     "reward.batch_size": Flip(5, probe.reward_training, SHORT_REWARD_RUN),
     "reward.learning_rate": Flip(1e-2, probe.reward_training, SHORT_REWARD_RUN),
     "reward.weight_decay": Flip(1.0, probe.reward_training, SHORT_REWARD_RUN),
-    "rl.init_from": Flip("tiny-rsft@1", probe.rl_start, RL_START),
-    "rl.reward_run": Flip("tiny-reward@1", probe.rl_start, RL_START),
+    "rl.init_from": Flip("other", probe.rl_without_a_start, RULES),
+    "rl.reward_run": Flip("other-reward", probe.rl_without_a_start),
     "rl.steps": Flip(3, probe.reinforcement, SHORT_RL),
     "rl.requests": Flip(5, probe.reinforcement, SHORT_RL),
     "rl.batch_size": Flip(5, probe.reinforcement, SHORT_RL),

@@ -133,6 +133,8 @@ def test_the_count_of_a_rollouts_matmuls_agrees_with_the_compilers(script: Modul
     decoder = compilers(script.make_decoder(model, beams), params, bias, context, codes)
     assert abs(sum(flops.values()) / decoder - 1) < 0.02
     assert flops["heads"] == 2 * 256 * (2048 + 6 * 512 + 16 * 4096)
+    keys_and_values = context.tokens.shape[1] * 2 * 2 * 256 * 256  # of the one block, for every token of the context
+    assert flops["cross-attention keys and values"] == keys_and_values
 
 
 def test_the_decoder_alone_computes_the_logits_of_the_teacher_forced_pass(script: ModuleType):
@@ -145,7 +147,9 @@ def test_the_decoder_alone_computes_the_logits_of_the_teacher_forced_pass(script
     def forced(params):
         context = model.encode(params, tables, bias, batch)
         valid, seen = jnp.ones((3, 5), bool), jnp.broadcast_to(events_seen(context), (3, 5))
-        logits, _ = model.bind(params).decoder(context, codes, seen, valid, bias["decoder"], None)
+        decoder = model.bind(params).decoder
+        assert decoder is not None
+        logits, _ = decoder(context, codes, seen, valid, bias["decoder"], None)
         return context, [jnp.max(level, axis=-1) for level in logits]
 
     context, expected = forced(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny import tiny_model
 
 from onerec_jax.config import ModelConfig, Recipe, RewardConfig
 from onerec_jax.data.batch import make_batch
+from onerec_jax.data.schema import Batch
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.parallel.mesh import make_mesh
@@ -161,8 +163,17 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not_and_these
 
 
 @pytest.mark.usefixtures("long_ranges")
-def test_all_impressions_of_the_test_split_are_measured_once(trained: tuple[Recipe, Path, list[str]]):
+def test_all_impressions_of_the_test_split_are_measured_once(
+    trained: tuple[Recipe, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    """Of every fifth item no play time is known."""
     recipe, run, _ = trained
+
+    def partly_known(*given, **options) -> Batch:
+        batch = make_batch(*given, **options)
+        return dataclasses.replace(batch, playtime_s=np.where(batch.target_item % 5, batch.playtime_s, -1))
+
+    monkeypatch.setattr(training, "make_batch", partly_known)
     measured = measure_reward(run)
     kept = json.loads((run / "reward.json").read_text())
     assert json.dumps(kept) == json.dumps({"split": "test", "labels": measured})  # as text, where NaN equals itself
@@ -174,8 +185,9 @@ def test_all_impressions_of_the_test_split_are_measured_once(trained: tuple[Reci
     for user, _, start, stop in examples.tolist():
         history = dataset.history(user)
         feedback.append(history.feedback[start:stop])
-        played.append(history.playtime_s[start:stop])
+        played.append(np.where(history.item[start:stop] % 5, history.playtime_s[start:stop], -1))
     outcome = np.concatenate(feedback).astype(float), np.concatenate(played)
+    assert 0 < (outcome[1] >= 0).sum() < len(outcome[1])
     labels = objectives(dataset.labels)
     assert tuple(measured) == tuple(f"p_{name}" for name in labels)
     for i, name in enumerate(labels):
