@@ -67,6 +67,28 @@ def test_the_commands_of_the_readme_lead_from_a_log_to_recommendations(tmp_path:
     assert "recommended next" in result.output
 
 
+ALONE = ("model.positive_length=0", "model.lifelong_length=0", "model.moe.experts=0")
+LATER = (
+    "reward.steps=2", "reward.batch_size=8", "reward.width=8", "reward.heads=2", "reward.hidden=8", "reward.history=6",
+    "rsft.steps=2", "rl.steps=2", "rl.requests=4", "rl.batch_size=4", "rl.group=8", "rl.watch_every=2",
+    "rl.watch_examples=20", "rl.max_fall=1", "rl.log_every=1",
+)  # fmt: skip
+
+
+def test_the_commands_of_post_training_lead_from_a_run_to_an_ab_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "post-training.md").read_text()
+    steps = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^onerec .*$", text, re.M)]
+    assert [words[0] for words in steps] == ["run", "rsft", "reward", "rl", "ab"]
+    for words in steps:
+        small = (
+            ["--users", "6", "--sessions", "2", "--impressions", "3"] if words[0] == "ab" else [*SMALL, *ALONE, *LATER]
+        )
+        result = CliRunner().invoke(app, [*words, *small], catch_exceptions=False)
+        assert result.exit_code == 0, (words, result.output)
+    assert (Path("runs") / "simulator_post-rl" / "ab" / "ab_test.png").exists() and "watch s" in result.output
+
+
 def test_every_file_that_a_page_links_to_exists():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

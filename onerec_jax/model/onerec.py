@@ -104,7 +104,7 @@ class OneRec(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The static part of a model: hashable, made once, passed by closure."""
+    """The static part of a model: made once, passed by closure."""
 
     config: ModelConfig
     vocabulary: Vocabulary

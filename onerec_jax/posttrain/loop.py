@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from onerec_jax.config import Recipe
+from onerec_jax.config import Recipe, RewardConfig
 from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError, StoppedError
@@ -87,7 +87,9 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
     began = _start_policy(recipe, abstract)
     run = recipe.run_directory
     checkpoints = Checkpoints(run, recipe.train.keep)
-    logged, requests, histories = _pipelines(recipe, dataset, ids, mesh)
+    logged, requests, histories = _pipelines(
+        recipe, dataset, ids, mesh, recipe.reward if reward is None else reward[0].config
+    )
     if checkpoints.steps():
         state, position = checkpoints.restore(abstract, recipe)
         behaviour: Policy = checkpoints.restore_behaviour(abstract)
@@ -178,12 +180,15 @@ def _copy(policy: Policy) -> Policy:
     return jax.tree.map(jnp.copy, policy)
 
 
-def _pipelines(recipe: Recipe, dataset: Dataset, ids: SemanticIds, mesh: Mesh) -> tuple[Pipeline, Pipeline, Pipeline]:
+def _pipelines(
+    recipe: Recipe, dataset: Dataset, ids: SemanticIds, mesh: Mesh, reward: RewardConfig
+) -> tuple[Pipeline, Pipeline, Pipeline]:
     """Logged requests; requests to generate for, after a cut of the log; and those as the reward model reads them."""
     changes = {"batch_size": recipe.rl.requests, "masked_share": 0.0, "length_buckets": ()}
     train = recipe.train.model_copy(update=changes)
     asked = recipe.model_copy(update={"train": train, "seed": recipe.seed + _REQUESTS})
-    read = asked.model_copy(update={"model": reward_recipe(recipe).model})
+    history = reward_recipe(recipe.model_copy(update={"reward": reward})).model
+    read = asked.model_copy(update={"model": history})
     index, count = share_of_process(mesh)
     made = [Pipeline(dataset, ids.codes, r, process_index=index, process_count=count) for r in (recipe, asked, read)]
     return made[0], made[1], made[2]

@@ -196,7 +196,8 @@ def measure_reward(run: Path, split: str = "test") -> dict[str, dict[str, float]
         measured[f"p_{name}"] = quality(labels[rows, i].astype(float), y[rows, i].astype(float), user[rows])
         on = fused[rows].astype(float)
         measured[f"p_{name}"] |= {"AUC of p_score": quality(on, y[rows, i].astype(float), user[rows])["AUC"]}
-    (run / QUALITY).write_text(json.dumps({"split": split, "labels": measured}, indent=1) + "\n")
+    defined = {n: {k: None if np.isnan(v) else v for k, v in values.items()} for n, values in measured.items()}
+    (run / QUALITY).write_text(json.dumps({"split": split, "labels": defined}, indent=1) + "\n")
     return measured
 
 
