@@ -202,7 +202,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_mas
         step = jax.jit(make_rl_step(model, own.model_copy(update={"train": train}), optimizer))
         made.append(step(init_state(model, optimizer, 0), logged, seen, trie))
     for a, b in zip(*(jax.tree.leaves((state.params, state.tables)) for state, _ in made), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(b).max())))  # sums of other orders
     one, four = (ratios(metrics) for _, metrics in made)
     assert {name: one[name] for name in one if "norm" not in name} == pytest.approx(
         {name: four[name] for name in one if "norm" not in name}, abs=1e-4
