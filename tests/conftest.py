@@ -44,12 +44,15 @@ SLOW = (
     "test_moe_on_devices.py",
     "test_training_with_spread_tables.py",
     "test_tables_on_devices.py",
+    "test_reinforcement.py",
     "test_step.py",
     "test_resume.py",
+    "test_docs.py",
+    "test_sample.py",
     "test_onerec.py",
     "test_flip.py",
     "test_beam.py",
-    "test_docs.py",
+    "test_ab_test.py",
     "test_cli.py",
 )
 
