@@ -119,10 +119,10 @@ class ModelConfig(Section):
     user_rows: int = setting(0, "rows of the user-id table, 0 = one per user; fewer rows share by hashing", ge=0)
     dropout: float = setting(0.0, "dropout on embeddings and block outputs", ge=0, lt=1)
     qk_norm: bool = setting(False, "RMS-normalise queries and keys")
-    attention: Literal["auto", "heads", "xla", "fused"] = setting(
+    attention: Literal["auto", "heads", "xla", "fused", "tokamax"] = setting(
         "auto",
-        "heads: one head after the other, as a CPU likes it; xla: plain einsums; fused: jax.nn.dot_product_attention; auto: heads "
-        "on a CPU, else fused",
+        "heads: one head after the other, as a CPU likes it; xla: plain einsums; fused: jax.nn.dot_product_attention; tokamax: "
+        "a flash kernel on a GPU; auto: heads on a CPU, tokamax on a GPU where it is installed, else fused",
     )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "compute type; parameters stay float32")
     remat: Literal["none", "dots", "block"] = setting(

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.model.layers import Linear, RMSNorm
+from onerec_jax.model.optional import tokamax
 from onerec_jax.parallel.mesh import platform
+from onerec_jax.parallel.sharding import LAYOUT, several_devices
 
 
 def attention_name(implementation: str) -> str:
-    """`auto` resolved: head by head on a CPU, else fused."""
+    """`auto` resolved: head by head on a CPU; on a GPU tokamax where it is installed; else fused."""
     if implementation != "auto":
         return implementation
-    return "heads" if platform() == "cpu" else "fused"
+    if platform() == "cpu":
+        return "heads"
+    return "tokamax" if platform() == "gpu" and importlib.util.find_spec("tokamax") else "fused"
 
 
 def attend(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: Array | None, implementation: str) -> Array:
     """softmax(q k^T / sqrt(K)) v over the keys that `mask` [B or 1, Q or 1, N] shows; returns [B,Q,H,K].
 
     Every query must see at least one key: the static token and the first position always are visible.
+
+    Raises:
+        InputError: `implementation` is tokamax, which is not installed.
     """
     implementation = attention_name(implementation)
     if implementation == "heads":
         visible = jnp.ones((1, 1, k_BxNxHxK.shape[1]), bool) if mask is None else mask
         return attend_by_head(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, visible)
+    if implementation == "tokamax":
+        return attend_by_kernel(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, mask)
     if implementation == "fused":
         return jax.nn.dot_product_attention(
             q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, mask=None if mask is None else mask[:, None, :, :]
@@ -40,6 +52,35 @@ def attend(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: Array | N
         scores = jnp.where(mask[:, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BxNxHxK.dtype)
     return jnp.einsum("bhqn,bnhk->bqhk", weights, v_BxNxHxK)
+
+
+def attend_by_kernel(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: Array | None) -> Array:
+    """`attend` by tokamax: a flash kernel on a GPU, which never writes the scores [B,H,Q,N] out; plain XLA elsewhere.
+
+    A kernel is one device's: on a mesh each device runs it on its own requests and heads, so that nothing is gathered for it.
+    """
+    kernel = tokamax("model.attention tokamax", "fused").dot_product_attention
+    mesh = several_devices()
+    shown = jnp.ones((1, 1, k_BxNxHxK.shape[1]), bool) if mask is None else mask
+
+    def on_a_device(q: Array, k: Array, v: Array, shown: Array) -> Array:
+        return kernel(q, k, v, mask=None if mask is None else shown[:, None])
+
+    if mesh is None:
+        return on_a_device(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, shown)
+
+    def split(size: int, axis: str) -> tuple[str, ...] | None:
+        over = tuple(name for name in LAYOUT[axis] if mesh.shape[name] > 1)
+        return None if size % math.prod(mesh.shape[name] for name in over) else over
+
+    requests, heads = split(q_BxQxHxK.shape[0], "batch"), split(q_BxQxHxK.shape[2], "heads")
+    of_head = PartitionSpec(requests, None, heads, None)
+    of_mask = PartitionSpec(requests if shown.shape[0] > 1 else None)
+    # the kernels do not say over which axes their results vary
+    run = jax.shard_map(
+        on_a_device, mesh=mesh, in_specs=(of_head, of_head, of_head, of_mask), out_specs=of_head, check_vma=False
+    )
+    return run(q_BxQxHxK, k_BxNxHxK, v_BxNxHxK, shown)
 
 
 def _weights(q_BxQxK: Array, k_BxNxK: Array, mask: Array) -> Array:

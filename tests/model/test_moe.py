@@ -11,7 +11,6 @@ from flax import nnx
 from onerec_jax.config import MoEConfig
 from onerec_jax.errors import InputError
 from onerec_jax.model.moe import MoE
-from onerec_jax.model.moe import tokamax as tokamax_backend
 from onerec_jax.model.moe.backends import backend_name, experts_of
 from onerec_jax.model.moe.reference import reference_experts
 from onerec_jax.model.moe.router import loads, rebalance, route
@@ -148,7 +147,7 @@ def test_auto_is_tiles_on_a_cpu_and_tokamax_asked_for_without_it_says_what_to_in
     def missing(name: str):
         raise ImportError(name)
 
-    monkeypatch.setattr(tokamax_backend.importlib, "import_module", missing)
+    monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(InputError, match="pip install tokamax"):
         experts_of(MoEConfig(experts=E, backend="tokamax"))(
             *_inputs()[:1], jnp.zeros((ROWS, A), jnp.int32), *_inputs()[1:]

@@ -124,10 +124,10 @@ def test_the_reports_sizes_are_counted_within_five_percent_and_their_difference_
     assert abs((counts["0.935b"] - counts["0.121b"]) / 1e6 - 814) < 1
 
 
-def test_attention_by_heads_and_fused_equal_the_plain_einsums():
+def test_attention_by_heads_fused_and_tokamax_equal_the_plain_einsums():
     batch = random_batch(tiny_model())
     results = []
-    for attention in ("xla", "heads", "fused"):
+    for attention in ("xla", "heads", "fused", "tokamax"):
         model = build(tiny_model(attention=attention), VOCABULARY)
         results.append(_gradient(model)(*_parts(model), batch))
     for other in results[1:]:
