@@ -380,6 +380,14 @@ def lists(recipe: Recipe, world: World) -> Any:
     return digest(made.recommend(examples, None, 5))
 
 
+def judged_board(recipe: Recipe, world: World) -> Any:
+    """The same, or which reward model it misses."""
+    try:
+        return board(recipe, world)
+    except InputError as error:
+        return str(error)
+
+
 # ----------------------------------------------------------------------------------------------------------- posttrain
 
 

@@ -29,6 +29,9 @@ class RewardConfig(Section):
         "Empty: all labels of the log and playtime, 1 each",
     )
     playtime_cap_s: float = setting(120.0, "play time, seconds, above which all are alike", gt=0)
+    known_with_playtime: tuple[str, ...] = setting(
+        (), "labels that the log knows only of events whose play time it knows; elsewhere nothing is learnt of them"
+    )
     width: int = setting(64, "width of item and event vectors", ge=1)
     heads: int = setting(4, "heads of the target attention", ge=1)
     hidden: int = setting(128, "hidden width of the towers", ge=1)

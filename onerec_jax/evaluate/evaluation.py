@@ -21,6 +21,10 @@ from onerec_jax.evaluate.metrics import coverage, ranking_metrics, value
 from onerec_jax.evaluate.requests import Requests, collect_requests
 from onerec_jax.generate.ranking import rank
 from onerec_jax.generate.recommender import Recommender, slice_ragged
+from onerec_jax.parallel.mesh import make_mesh
+from onerec_jax.posttrain.judge import learnt
+from onerec_jax.reward.lists import ListScorer
+from onerec_jax.reward.training import load_reward
 
 _CHUNK = 256
 
@@ -109,6 +113,18 @@ def _measure(requests: Requests, dataset: Dataset, recipe: Recipe) -> Callable[[
     return measure
 
 
+def _rewards(recommender: Recommender, requests: Requests, lists: np.ndarray) -> dict[str, float]:
+    """The mean P-Score, and every learnt reward that `rl.rewards` weighs, of the shortest lists' items."""
+    recipe, run = recommender.recipe, recommender.recipe.evaluate.reward_run
+    if run is None:
+        return {}
+    reward, k = load_reward(run, recipe), min(recipe.evaluate.ks)
+    scorer = ListScorer(recipe, recommender.dataset, recommender.ids, *reward, make_mesh(recipe.mesh))
+    found = scorer(requests.examples, lists[:, :k])
+    served = lists[:, :k] >= 0
+    return {f"{name}@{k}": float(np.mean(found[name][served])) for name in dict.fromkeys(("p_score", *learnt(recipe)))}
+
+
 def _floors(requests: Requests, dataset: Dataset, recipe: Recipe) -> dict[str, dict[str, float]]:
     k, measure = max(recipe.evaluate.ks), _measure(requests, dataset, recipe)
     names = track(recipe.evaluate.floors, "floors", transient=True)
@@ -133,7 +149,7 @@ def evaluate(recommender: Recommender, report: Callable[[str], None] = print) ->
     report(f"lists for {len(requests)} requests: {time.perf_counter() - started:.1f} s")
     if settings.free_examples and recipe.model.head != "items" and recipe.model.softmax == "all":
         model["legal"] = recommender.legality(requests.examples[: settings.free_examples])
-    rows = {"model": model} | _floors(requests, dataset, recipe)
+    rows = {"model": model | _rewards(recommender, requests, lists)} | _floors(requests, dataset, recipe)
     evaluation = Evaluation(_protocol(requests, dataset, recipe), rows)
     evaluation.save(recommender.run / "evaluation.json")
     return evaluation

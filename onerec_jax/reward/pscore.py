@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -167,25 +168,39 @@ def build_reward(config: RewardConfig, vocabulary: Vocabulary) -> RewardModel:
     return RewardModel(config, vocabulary, graph, state.to_pure_dict())
 
 
-def outcomes(batch: Batch, config: RewardConfig) -> tuple[Array, Array]:
-    """What happened to every target: labels float32 [B,T,Y] in the order of `objectives`, and which are known [B,T,Y]."""
+def check_labels(config: RewardConfig, labels: tuple[str, ...]) -> None:
+    """Raises InputError where a setting names a label that the log does not have."""
+    fused_weights(config, labels)
+    for name in config.known_with_playtime:
+        if name not in labels:
+            raise InputError(f"reward.known_with_playtime names '{name}'; this log has {', '.join(labels)}")
+
+
+def outcomes(batch: Batch, config: RewardConfig, labels: tuple[str, ...]) -> tuple[Array, Array]:
+    """What happened to every target: labels float32 [B,T,Y] in the order of `objectives`, and which are known [B,T,Y].
+
+    Args:
+        labels: those of the log, which `batch.feedback` holds.
+    """
     there = jnp.asarray(batch.target_item) >= 0
     played = jnp.asarray(batch.playtime_s)
     share = jnp.clip(played / config.playtime_cap_s, 0.0, 1.0)
     y = jnp.concatenate([jnp.asarray(batch.feedback, jnp.float32), share[..., None]], axis=-1)
-    known = jnp.broadcast_to(there[..., None], y.shape).at[..., -1].set(there & (played >= 0))
+    with_playtime = np.array([name in (*config.known_with_playtime, PLAYTIME) for name in objectives(labels)])
+    known = there[..., None] & ((played >= 0)[..., None] | ~with_playtime)
     # what is not known is 0: a NaN there would pass through the derivative of a loss that leaves it out
     return jnp.where(known, y, 0.0), known
 
 
 def make_reward_loss(model: RewardModel) -> Callable[..., tuple[Array, Metrics]]:
     """(params, batch, catalogue, key) -> loss sum over targets, metrics; L of the module's docstring."""
+    check_labels(model.config, model.vocabulary.labels)
     weights = fused_weights(model.config, model.vocabulary.labels)
     fused_weight = jnp.array([weights.get(name, 0.0) for name in model.labels])
 
     def loss(params: Any, batch: Batch, catalogue: Catalogue, key: Array | None) -> tuple[Array, Metrics]:
         scores = model.bind(params)(batch, batch.target_item, catalogue, key)
-        y, known = outcomes(batch, model.config)
+        y, known = outcomes(batch, model.config, model.vocabulary.labels)
         of_labels = jnp.where(known, bce(scores.labels, y), 0.0)
         of_fused = jnp.where(known, bce(scores.fused[..., None], y), 0.0) * fused_weight
         count = jnp.sum(batch.target_item >= 0)

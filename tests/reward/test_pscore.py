@@ -145,6 +145,22 @@ def test_what_is_not_known_of_a_target_has_no_gradient(params):
     assert total == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
+def test_a_label_known_with_play_time_is_learnt_only_of_events_whose_play_time_is_known(params):
+    batch = _batch()
+    config = MODEL.config.model_copy(update={"known_with_playtime": ("click",)})
+    model = dataclasses.replace(MODEL, config=config)
+    (_, all_known), _ = loss(params, batch, CATALOGUE, None)
+    (_, found), _ = jax.jit(jax.value_and_grad(make_reward_loss(model), has_aux=True))(params, batch, CATALOGUE, None)
+    assert {name: int(found[f"loss/{name}"][1]) for name in (*LABELS, "playtime")} == {
+        "click": 4, "like": 6, "hate": 6, "playtime": 4
+    }  # fmt: skip
+    assert 0 < found["loss/click"][0] < all_known["loss/click"][0]
+    assert found["loss/like"] == all_known["loss/like"]
+    unheard = MODEL.config.model_copy(update={"known_with_playtime": ("share",)})
+    with pytest.raises(InputError, match="reward.known_with_playtime names 'share'; this log has click, like, hate"):
+        make_reward_loss(dataclasses.replace(MODEL, config=unheard))
+
+
 def test_hate_is_learnt_by_its_own_tower_and_moves_the_fused_one_nowhere(params):
     batch = _batch()
     feedback = batch.feedback.copy()

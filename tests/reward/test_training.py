@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from onerec_jax.data.batch import make_batch
 from onerec_jax.data.schema import Batch
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
+from onerec_jax.evaluate.evaluation import evaluate
+from onerec_jax.evaluate.requests import collect_requests
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.recipe import make_recipe
 from onerec_jax.reward import training
@@ -298,3 +301,35 @@ def test_lists_earn_what_the_learnt_rewards_say_of_requests_read_as_the_model_wa
     for name, value in found.items():
         assert value.shape == (5, 4) and not value[items < 0].any() and (value[items >= 0] > 0).all()
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_an_evaluation_says_what_the_served_items_earn(
+    trained: tuple[Recipe, Path, list[str]], loaded: Loaded, tmp_path: Path
+):
+    """`evaluate.reward_run`: the mean over what is served of the shortest lists, empty places left out."""
+    recipe, run, _ = trained
+    model, params, dataset, ids = loaded
+    changes: dict[str, Any] = {"reward_run": str(run), "ks": (2, 4), "floors": ("popularity",)}
+    own = recipe.model_copy(
+        update={
+            "evaluate": recipe.evaluate.model_copy(update=changes),
+            "rl": recipe.rl.model_copy(update={"rewards": {"p_like": 1.0, "p_click": 0.0, "hit": 1.0}}),
+        }
+    )
+    made: list[np.ndarray] = []
+
+    def recommend(examples, seen, k, progress):
+        made.append(np.random.default_rng(0).integers(-50, dataset.num_items, (len(examples), k)).clip(-1))
+        return made[0], None
+
+    stand_in = SimpleNamespace(
+        recipe=own, dataset=dataset, ids=ids, run=tmp_path, recommend=recommend, legality=lambda rows: 1.0
+    )
+    rows = evaluate(stand_in, lambda line: None).rows  # type: ignore[arg-type]
+    assert {name for name in rows["model"] if name.startswith("p_")} == {"p_score@2", "p_like@2"}
+    assert not any(name.startswith("p_") for name in rows["popularity"])
+    requests, lists = collect_requests(dataset, own), made[0][:, :2]
+    assert (lists < 0).any()
+    scores = ListScorer(own, dataset, ids, model, params, make_mesh(recipe.mesh))(requests.examples, lists)
+    for name in ("p_score", "p_like"):
+        assert rows["model"][f"{name}@2"] == pytest.approx(scores[name].sum() / (lists >= 0).sum(), rel=1e-6)
