@@ -42,7 +42,8 @@ class EvaluateConfig(Section):
     targets: Literal["positive", "all"] = setting("positive", "relevant items: positive events only, or every event")
     free_examples: int = setting(256, "examples whose unconstrained beams measure legality", ge=0)
     reward_run: str | None = setting(
-        None, "RUN or RUN@STEP of a reward model: the mean P-Score and learnt rewards of what is served are reported too"
+        None,
+        "RUN or RUN@STEP of a reward model: the mean P-Score and learnt rewards of what is served are reported too",
     )
     floors: tuple[Literal["popularity", "recent_popularity", "markov", "item_knn", "ease"], ...] = setting(
         ("popularity", "markov", "item_knn"), "baselines printed beside the model"

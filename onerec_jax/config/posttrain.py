@@ -75,6 +75,11 @@ class RLConfig(Section):
     batch_size: int = setting(64, "logged requests per step, for the loss of RSFT", ge=1)
     ntp_weight: float = setting(1.0, "weight of the loss of RSFT, next-token prediction on the kept requests", ge=0)
     weight: float = setting(1.0, "weight of the objective", ge=0)
+    item_weight: float = setting(
+        0.0,
+        "weight of the objective on the item head's probabilities beside the codes' (model.head both), 0 = none",
+        ge=0,
+    )
     learning_rate: float = setting(1e-4, "constant rate of AdamW", gt=0)
     table_rate: float = setting(1e-4, "rate of row-wise Adagrad on id tables", gt=0)
     objective: Literal["grpo", "ecpo", "gbpo", "dpo", "s_dpo", "ipa", "sprec", "best_of"] = setting(

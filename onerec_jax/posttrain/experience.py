@@ -11,11 +11,12 @@ from jax import Array
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.schema import Batch
-from onerec_jax.model.onerec import Model
+from onerec_jax.model.encoder import Context
+from onerec_jax.model.onerec import Model, OneRec
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.judge import make_judge
-from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, make_rollout
+from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, item_log_p, make_rollout
 from onerec_jax.posttrain.step import AGAINST_THE_LOG, FROM_THE_START, Experience
 from onerec_jax.reward.candidates import Catalogue
 from onerec_jax.reward.format import format_advantage, legality
@@ -39,14 +40,22 @@ def make_experience(
     shared = not settings.constrained  # the format reward then looks at the same candidates
     looks = settings.format_weight > 0 and settings.format_samples > 0
     free_of = None if shared or not looks else make_rollout(model, settings, free=True)
+    from_the_start = settings.kl_weight > 0 or settings.objective in FROM_THE_START
     judge = make_judge(recipe, labels, reward)
     positive = tuple(i for i, name in enumerate(labels) if name in recipe.data.positive_labels)
 
-    def log_p(policy: Policy, request: Batch, codes: Array, valid: Array, trie: DeviceTrie) -> Array:
+    def read(policy: Policy, request: Batch) -> tuple[OneRec, Context, Batch]:
         local, rows = model.read(policy["tables"], request)
         module = model.bind(policy["params"])
-        context = module.encode(local, rows, policy["bias"], None)[0]
+        return module, module.encode(local, rows, policy["bias"], None)[0], local
+
+    def log_p(policy: Policy, request: Batch, codes: Array, valid: Array, trie: DeviceTrie) -> Array:
+        module, context, _ = read(policy, request)
         return candidate_log_p(module, context, codes, valid, policy["bias"], trie, settings.distribution)
+
+    def of_items(policy: Policy, request: Batch, item: Array, valid: Array, trie: DeviceTrie) -> Array:
+        module, context, local = read(policy, request)
+        return item_log_p(module, context, local, item, valid, trie)
 
     @jax.jit
     def experience(
@@ -66,7 +75,7 @@ def make_experience(
         judged = judge(reward_params, catalogue, request, history, rollout)
         metrics = dict(judged.metrics)
         old = rollout.log_p_legal if settings.distribution == "legal" else rollout.log_p_all
-        codes, valid, reward = rollout.codes, judged.valid, judged.reward
+        codes, item, valid, reward = rollout.codes, rollout.item, judged.valid, judged.reward
         logged = jnp.zeros(valid.shape, bool)
         if settings.objective in AGAINST_THE_LOG:
             liked = request.target_weight > 0
@@ -75,16 +84,22 @@ def make_experience(
             theirs = log_p(behaviour, request, request.targets, liked, trie)
             met = jnp.any(jnp.all(codes[:, :, None] == request.targets[:, None], axis=-1) & liked[:, None], axis=-1)
             codes = jnp.concatenate([codes, request.targets], axis=1)
+            item = jnp.concatenate([item, request.target_item], axis=1)
             old = jnp.concatenate([old, theirs], axis=1)
             reward = jnp.concatenate([reward, jnp.zeros(liked.shape)], axis=1)
             valid, logged = (
                 jnp.concatenate(pair, axis=1) for pair in ((valid & ~met, liked), (logged, jnp.ones_like(liked)))
             )
         reference = old
-        if settings.kl_weight or settings.objective in FROM_THE_START:
+        if from_the_start:
             reference = log_p(start, request, codes, valid, trie)
         chance = jax.random.uniform(keys[1], valid.shape)
         group = Group(jnp.zeros(old.shape), old, reference, reward, valid, logged, chance)
+        item_group = None
+        if settings.item_weight:
+            old = of_items(behaviour, request, item, valid, trie)
+            reference = of_items(start, request, item, valid, trie) if from_the_start else old
+            item_group = Group(jnp.zeros(old.shape), old, reference, reward, valid, logged, chance)
 
         searched = rollout
         if free_of is not None:
@@ -107,6 +122,8 @@ def make_experience(
             format_codes=looked_at(searched.codes),
             format_old=looked_at(searched.log_p_all),
             format_valid=looked_at(advantage > 0),
+            item=item if settings.item_weight else None,
+            item_group=item_group,
         ), metrics
 
     return experience

@@ -153,6 +153,10 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
     check_rewards(recipe, dataset.labels)
     if recipe.model.head == "items":
         raise InputError("model.head items has no decoder to generate with: reinforcement learning needs codes or both")
+    if recipe.rl.item_weight and recipe.model.head != "both":
+        raise InputError(
+            f"rl.item_weight needs model.head both: {recipe.model.head} has no item head beside its decoder"
+        )
     if recipe.rl.watch_every and not len(dataset.examples("valid")):
         raise InputError(
             f"rl.watch_every is {recipe.rl.watch_every} but {dataset.directory} has no valid examples; set it to 0, or move "

@@ -129,3 +129,18 @@ def candidate_log_p(
         levels = [log_p for log_p, _ in legal_log_probabilities(logits, codes, trie)]
     own = [jnp.take_along_axis(log_p, codes[..., i, None], axis=-1) for i, log_p in enumerate(levels)]
     return jnp.where(valid_BxG[..., None], jnp.concatenate(own, axis=-1), 0.0)
+
+
+def item_log_p(
+    module: OneRec, context: Context, request: Batch, item_BxG: Array, valid_BxG: Array, trie: DeviceTrie | None
+) -> Array:
+    """log P(item | context) of each candidate by the item head, over the whole catalogue, float32 [B,G,1], differentiable.
+
+    As `candidate_log_p`, of an ID of one code: what is not valid has log P 0 and no gradient.
+    """
+    assert module.head is not None, "a model without an item head has no probabilities of items"
+    seen_Bx1 = jnp.sum(request.short.item >= 0, axis=1, keepdims=True)
+    states = module.head.states(context, request.short.item, seen_Bx1)
+    log_p_BxI = jax.nn.log_softmax(module.item_logits(states, trie)[:, 0])
+    own = jnp.take_along_axis(log_p_BxI, jnp.where(valid_BxG, item_BxG, 0), axis=-1)
+    return jnp.where(valid_BxG, own, 0.0)[..., None]

@@ -18,7 +18,7 @@ from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import gather, this_step, update_tables
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.objectives import OBJECTIVES, ecpo_of, kl_to_reference
-from onerec_jax.posttrain.rollout import candidate_log_p
+from onerec_jax.posttrain.rollout import candidate_log_p, item_log_p
 from onerec_jax.train.metrics import Metrics, mean
 from onerec_jax.train.state import TrainState
 from onerec_jax.train.step import make_loss, micro_batches
@@ -38,6 +38,8 @@ class Experience:
     format_codes: Array  # int32 [B,K,C], legal candidates of a free search that were chosen to be looked at
     format_old: Array  # float32 [B,K,C]
     format_valid: Array  # bool [B,K]
+    item: Array | None = None  # int32 [B,G], the candidates' items, where `rl.item_weight` asks for them
+    item_group: Group | None = None  # as `group`, of the item head's probabilities [B,G,1]
 
 
 class Sums(NamedTuple):
@@ -50,8 +52,9 @@ class Sums(NamedTuple):
 def make_rl_loss(model: Model, recipe: Recipe) -> Callable[..., tuple[Array, Metrics]]:
     """(params, (rows, rows of the experience), bias, logged requests, key, trie, experience, 1 / weights) -> loss, metrics.
 
-    The loss is ntp_weight x L_NTP + weight x objective + kl_weight x KL + format_weight x ECPO of the format reward, each the
-    mean over all that counts of the whole step: L_NTP over target weights, the others over requests.
+    The loss is ntp_weight x L_NTP + weight x (objective + item_weight x the same on the item head) + kl_weight x KL +
+    format_weight x ECPO of the format reward, each the mean over all that counts of the whole step: L_NTP over target
+    weights, the others over requests.
     """
     settings, train = recipe.rl, recipe.train
     next_token = make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight, train.code_targets)
@@ -72,6 +75,13 @@ def make_rl_loss(model: Model, recipe: Recipe) -> Callable[..., tuple[Array, Met
         group = seen.group._replace(log_p=log_p(seen.codes, seen.group.valid, settings.distribution))
         own, of_objective = objective(group, settings)
         total, metrics = total + settings.weight * per_request * own, metrics | of_objective
+        if seen.item is not None and seen.item_group is not None:
+            own = item_log_p(module, context, seen.request, seen.item, seen.item_group.valid, trie)
+            of_items = seen.item_group._replace(log_p=own)
+            own, _ = objective(of_items, settings)
+            total += settings.weight * settings.item_weight * per_request * own
+            metrics["rl/item_loss"] = (own, metrics["rl/loss"][1])
+            metrics["policy/item_log_p"] = _log_p_of(of_items)
         if settings.kl_weight:
             divergence, of_kl = kl_to_reference(group)
             total, metrics = total + settings.kl_weight * per_request * divergence, metrics | of_kl

@@ -179,7 +179,11 @@ def measure_reward(run: Path, split: str = "test") -> dict[str, dict[str, float]
     @jax.jit
     def predict(params: Any, batch: Any, catalogue: Catalogue) -> Any:
         scores = model.bind(params)(batch, batch.target_item, catalogue, None)
-        return jax.nn.sigmoid(scores.labels), jax.nn.sigmoid(scores.fused), *outcomes(batch, model.config, model.vocabulary.labels)
+        return (
+            jax.nn.sigmoid(scores.labels),
+            jax.nn.sigmoid(scores.fused),
+            *outcomes(batch, model.config, model.vocabulary.labels),
+        )
 
     predict_on, parts = on_mesh(mesh, predict), []
     for first in track(range(0, len(examples), size), "scoring", transient=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -23,10 +25,11 @@ from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.evaluate.held_out import make_watch
 from onerec_jax.generate.load import load_recommender
 from onerec_jax.model.prefixes import device_trie
+from onerec_jax.model.tables import gather
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.loop import reinforce, rl_recipe
-from onerec_jax.posttrain.step import Experience, make_rl_step
+from onerec_jax.posttrain.step import Experience, make_rl_loss, make_rl_step
 from onerec_jax.recipe import make_recipe
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, same_bits
@@ -184,12 +187,66 @@ def random_experience(recipe: Recipe, request: Batch, ids: SemanticIds) -> Exper
     valid = np.arange(g) < rng.integers(0, g + 1, (requests, 1))
     reward = rng.normal(size=valid.shape).astype(np.float32)
     group = Group(np.zeros_like(old), old, old - 0.1, reward, valid, np.zeros_like(valid), np.zeros_like(reward))
-    return Experience(request, codes, group, codes[:, :k], old[:, :k], rng.random((requests, k)) < 0.5)
+    made = Experience(request, codes, group, codes[:, :k], old[:, :k], rng.random((requests, k)) < 0.5)
+    if not recipe.rl.item_weight:
+        return made
+    old = old[..., :1] - 3
+    of_items = group._replace(log_p=np.zeros_like(old), old=old, reference=old)
+    item = rng.integers(0, len(ids.codes), valid.shape).astype(np.int32)
+    return dataclasses.replace(made, item=np.where(valid, item, -1), item_group=of_items)
 
 
-def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_masks(recipe: Recipe):
-    own = rl_recipe(changed(recipe, "parts", kl_weight=0.1))
-    own = own.model_copy(update={"model": own.model.model_copy(update={"dropout": 0.0})})
+def with_model(recipe: Recipe, **model) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+
+
+def test_the_item_head_learns_by_the_same_objective_from_its_own_probabilities(recipe: Recipe):
+    """`rl.item_weight`: GRPO restated over the head's softmax, in value and gradient; invalid candidates are nobody's."""
+    settings = {"item_weight": 0.5, "weight": 2.0, "objective": "grpo", "ntp_weight": 0.0, "format_weight": 0.0}
+    own = with_model(rl_recipe(changed(recipe, "items", **settings)), head="both", item_input="both", dropout=0.0)
+    dataset, ids, model = load_inputs(own)
+    request = make_batch(dataset, ids.codes, own.model, np.asarray(dataset.examples("train")[:4]), 3)
+    seen, trie = random_experience(own, request, ids), device_trie(ids.trie, own.model)
+    params, tables = model.init(0)
+    bias = model.init_bias()
+    local, touched = model.localise(request, touched_only=True)
+    rows = gather(tables, touched, own.model.tables, jnp.zeros((), jnp.int32))
+    seen = dataclasses.replace(seen, request=local)
+    codes_only = own.model_copy(update={"rl": own.rl.model_copy(update={"item_weight": 0.0})})
+
+    def part(recipe: Recipe, seen: Experience):
+        loss = make_rl_loss(model, recipe)
+        return lambda p: loss(p, (rows, rows), bias, local, None, trie, seen, jnp.ones(2))[0]
+
+    def both_parts(p):
+        return part(own, seen)(p) - part(codes_only, dataclasses.replace(seen, item=None, item_group=None))(p)
+
+    def restated(p):
+        """-(1/N) sum over valid of min(r A, clip(r) A), summed over requests."""
+        log_p = model.item_scores(p, local, model.bind(p).encode(local, rows, bias, None)[0], trie)
+        total = jnp.zeros(())
+        group = seen.item_group
+        assert group is not None and seen.item is not None
+        for b in range(own.rl.requests):
+            on = np.flatnonzero(group.valid[b])
+            earned = group.reward[b][on]
+            if len(on) < 2:
+                continue
+            advantage = (earned - earned.mean()) / earned.std()
+            ratio = jnp.exp(log_p[b, seen.item[b][on]] - group.old[b][on, 0])
+            bounded = jnp.clip(ratio, 1 - own.rl.clip, 1 + own.rl.clip)
+            total -= jnp.mean(jnp.minimum(ratio * advantage, bounded * advantage))
+        return 2.0 * 0.5 * total
+
+    found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (both_parts, restated))
+    assert abs(float(expected[0])) > 1e-3 and np.any(expected[1]["head"]["items"]["embedding"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("head", ["codes", "both"])
+def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_masks(recipe: Recipe, head: str):
+    own = rl_recipe(changed(recipe, "parts", kl_weight=0.1, item_weight=0.5 if head == "both" else 0.0))
+    own = with_model(own, head=head, item_input="both" if head == "both" else own.model.item_input, dropout=0.0)
     dataset, ids, model = load_inputs(own)
     optimizer = optax.sgd(1.0)
     examples = np.asarray(dataset.examples("train")[:8])
@@ -233,6 +290,7 @@ def test_the_watch_measures_what_the_model_of_the_step_serves(recipe: Recipe):
         ({"rewards": {"p_score": 1.0}}, "no run '.*refused-reward'"),
         ({"rewards": {"p_applause": 1.0}}, "rl.rewards names 'p_applause'; there are p_score, p_click"),
         ({"init_from": "nowhere"}, "no run 'nowhere'"),
+        ({"item_weight": 1.0}, "rl.item_weight needs model.head both: codes has no item head beside its decoder"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(recipe: Recipe, settings: dict, said: str):

@@ -157,7 +157,7 @@ def test_a_label_known_with_play_time_is_learnt_only_of_events_whose_play_time_i
     assert 0 < found["loss/click"][0] < all_known["loss/click"][0]
     assert found["loss/like"] == all_known["loss/like"]
     unheard = MODEL.config.model_copy(update={"known_with_playtime": ("share",)})
-    with pytest.raises(InputError, match="reward.known_with_playtime names 'share'; this log has click, like, hate"):
+    with pytest.raises(InputError, match=r"reward\.known_with_playtime names 'share'; this log has click, like, hate"):
         make_reward_loss(dataclasses.replace(MODEL, config=unheard))
 
 
