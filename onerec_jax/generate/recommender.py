@@ -30,6 +30,7 @@ from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.state import TrainState
 
 SHIFT_USERS = 4096
+FREQUENCIES = "item_frequencies.npy"  # in the directory of an RL run: of the run it started from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,23 +186,35 @@ class Recommender:
         """The item head's log-probabilities, corrected where `evaluate.label_shift_days` asks for it."""
         return log_p_BxI if self._shift is None else shifted(log_p_BxI, self._shift)
 
-    @functools.cached_property
-    def _shift(self) -> np.ndarray | None:
-        """What `label_shift` adds; the model's own frequencies are of `SHIFT_USERS` users as they are where train ends."""
-        settings = self.recipe.evaluate
-        if not settings.label_shift_days:
-            return None
+    def item_frequencies(self) -> np.ndarray:
+        """Mean P(item) float64 [I] by the item head over `SHIFT_USERS` users as they are where train ends.
+
+        Of an RL run that of the run it started from, as it was kept: by its own, whatever RL made more frequent would be taken
+        for something that the log had more of, and be undone.
+        """
+        kept = self.run / FREQUENCIES
+        if kept.exists():
+            return np.load(kept, allow_pickle=False)
         users = self.dataset.num_users
         chosen = np.sort(np.random.default_rng(0).permutation(users)[:SHIFT_USERS])
         ends = np.array([self.dataset.train_stop(user) for user in chosen.tolist()], np.int64)
         examples = np.stack([chosen, ends, ends, ends], axis=1)[ends > 0]
         total = np.zeros(self.dataset.num_items)
-        for _, count, batch in self._batches(examples, settings.batch_size):
+        for _, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
             found = self._score_all(self.state.params, self.state.tables, self.state.bias, batch, self._trie)
             total += np.exp(np.asarray(found)[:count], dtype=np.float64).sum(axis=0)
-        own = np.maximum(total / len(examples), np.finfo(np.float32).tiny)
+        return total / len(examples)
+
+    @functools.cached_property
+    def _shift(self) -> np.ndarray | None:
+        """What `label_shift` adds."""
+        settings = self.recipe.evaluate
+        if not settings.label_shift_days:
+            return None
         return label_shift(
-            own, train_log(self.dataset).recent_positives(settings.label_shift_days), settings.label_shift_prior
+            np.maximum(self.item_frequencies(), np.finfo(np.float32).tiny),
+            train_log(self.dataset).recent_positives(settings.label_shift_days),
+            settings.label_shift_prior,
         )
 
     def _rank_all(

@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from onerec_jax.config import Recipe, RewardConfig
 from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError, StoppedError
-from onerec_jax.generate.recommender import Recommender
+from onerec_jax.generate.recommender import FREQUENCIES, Recommender
 from onerec_jax.model.prefixes import device_trie
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
@@ -99,6 +100,11 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
     else:
         state = dataclasses.replace(create_state(model, optimizer, recipe.seed, mesh), **_copy(began))
         behaviour = _copy(began)
+        if recipe.evaluate.label_shift_days:
+            start_run = parse_run(recipe.train.init_from or "", recipe.runs)[0]
+            before = Recommender(start_run, recipe, dataset, ids, model, state).item_frequencies()
+            if first:
+                np.save(run / FREQUENCIES, before)
     if first:
         write_config(run, recipe)
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from stand_ins import instant_reinforcement
 from tiny import tiny_values
 
 from onerec_jax.config import Recipe
@@ -24,9 +27,11 @@ from onerec_jax.data.schema import Batch
 from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.evaluate.held_out import make_watch
 from onerec_jax.generate.load import load_recommender
+from onerec_jax.generate.recommender import FREQUENCIES, Recommender
 from onerec_jax.model.prefixes import device_trie
 from onerec_jax.model.tables import gather
 from onerec_jax.parallel.mesh import make_mesh
+from onerec_jax.posttrain import loop as rl_loop
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.loop import reinforce, rl_recipe
 from onerec_jax.posttrain.step import Experience, make_rl_loss, make_rl_step
@@ -282,6 +287,33 @@ def test_the_watch_measures_what_the_model_of_the_step_serves(recipe: Recipe):
     fresh = make_watch(loaded.recipe, loaded.dataset)(loaded, None)
     assert watched[-1]["held_out/recall"] == pytest.approx(fresh["recall"])
     assert watched[-1]["held_out/legal"] == pytest.approx(fresh["legal"])
+
+
+def test_what_rl_makes_frequent_is_not_corrected_away(recipe: Recipe, monkeypatch: pytest.MonkeyPatch):
+    """`evaluate.label_shift_days` goes on from how often the run before RL predicts an item."""
+    shifted = recipe.evaluate.model_copy(update={"label_shift_days": 3.0})
+    own = with_model(changed(recipe, "shifted", init_from="start", steps=4), head="both", item_input="both")
+    own = own.model_copy(update={"evaluate": shifted})
+    dataset, ids, model = load_inputs(rl_recipe(own))
+    params, tables = model.init(0)
+    began = {"params": jax.tree.map(lambda x: 3 * x, params), "tables": tables, "bias": model.init_bias()}
+    runs = Path(own.runs)
+    (runs / "start").mkdir()
+    (runs / "start" / "config.yaml").touch()
+    instant_reinforcement(monkeypatch)
+    monkeypatch.setattr(rl_loop, "_start_policy", lambda *_: began)
+    run = reinforce(own, no_watch, lambda line: None)
+
+    def frequencies(folder: Path, policy: Any) -> np.ndarray:
+        return Recommender(folder, rl_recipe(own), dataset, ids, model, policy).item_frequencies()
+
+    moved = load_recommender(str(run))
+    before, after = (frequencies(runs / "start", policy) for policy in (SimpleNamespace(**began), moved.state))
+    assert before.sum() == pytest.approx(1) and np.abs(np.log(before / after)).max() > 0.1
+    np.testing.assert_array_equal(moved.item_frequencies(), before)
+    again = changed(own, "shifted_again", init_from=str(run))  # RL of an RL run: still those of the first start
+    monkeypatch.setattr(rl_loop, "_start_policy", lambda *_: {name: getattr(moved.state, name) for name in began})
+    np.testing.assert_array_equal(np.load(reinforce(again, no_watch, lambda line: None) / FREQUENCIES), before)
 
 
 @pytest.mark.parametrize(
