@@ -32,8 +32,8 @@ quickstart: $(INSTALLED)  ## Simulate, tokenize, pretrain, evaluate and recommen
 # The eight devices of tests/mesh8 need a process of their own; it also runs where the other tests fail.
 test: $(INSTALLED)  ## Run all tests, on CPU
 	@status=0; export JAX_PLATFORMS=cpu; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests --ignore tests/mesh8 || status=1; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/mesh8 || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 tests --ignore tests/mesh8 || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 25 tests/mesh8 || status=1; \
 	exit $$status
 
 lint: $(INSTALLED)  ## Check style and types
