@@ -154,5 +154,6 @@ def instant_reinforcement(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         return stand_in
 
     monkeypatch.setattr(rl_loop, "make_experience", make_experience)
+    monkeypatch.setattr(rl_loop, "make_drift", lambda model, recipe: lambda start, policy, seen, trie: {})
     monkeypatch.setattr(rl_loop, "_compiled", compiled)
     return steps

@@ -25,6 +25,7 @@ from onerec_jax.model.prefixes import device_trie
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import batch_sharding, put_batch
+from onerec_jax.posttrain.drift import make_drift
 from onerec_jax.posttrain.experience import Policy, make_experience
 from onerec_jax.posttrain.judge import check_rewards, learnt
 from onerec_jax.posttrain.rollout import first_items
@@ -111,6 +112,7 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
     trie, leaf_item = device_trie(ids.trie, recipe.model), jnp.asarray(first_items(ids.trie))
     catalogue = make_catalogue(dataset, ids.codes)
     experience = on_mesh(mesh, make_experience(model, recipe, dataset.labels, reward and reward[0]))
+    drift = on_mesh(mesh, make_drift(model, recipe))
     step = on_mesh(mesh, _compiled(make_rl_step(model, recipe, optimizer), abstract, mesh))
     recommender = Recommender(run, recipe, dataset, ids, model, state)
     if settings.watch_every:
@@ -136,7 +138,8 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
                 behaviour = _copy({name: getattr(state, name) for name in POLICY})
             last = at == settings.steps
             if at % settings.log_every == 0 or last:
-                values, window = ratios(window), None
+                policy = {name: getattr(state, name) for name in POLICY}
+                values, window = ratios(window | drift(began, policy, seen, trie)), None
                 if log is not None:
                     log.write(at, values)
                 report(progress_line(at, settings.steps, values))
@@ -253,5 +256,7 @@ def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
     ):
         parts += [f"{label} {values[name]:.3f}"] if name in values else []
     parts += [f"log p {values['policy/log_p']:.2f}"]
+    moved = [value for name, value in values.items() if name.startswith("policy/kl/level")]
+    parts += [f"KL {sum(moved):.3f}"] if moved else []
     parts += [f"legal {values['legality']:.3f}"] if "legality" in values else []
     return "  ".join(parts)

@@ -96,6 +96,39 @@ def make_rollout(
     return rollout
 
 
+def candidate_distributions(
+    module: OneRec,
+    context: Context,
+    codes_BxGxC: Array,
+    valid_BxG: Array,
+    bias: dict[str, Array],
+    trie: DeviceTrie | None,
+    distribution: Literal["all", "legal"],
+) -> list[Array]:
+    """log P of every code of a level after the codes s^1..s^{c-1} of each candidate, float32 [B,G,V] by level, differentiable.
+
+    One teacher-forced pass without dropout: the G candidates of a request share its context, and each sees all of it.
+
+    Args:
+        codes_BxGxC: int; what stands where not valid can be anything.
+        valid_BxG: bool; with `distribution` "legal" only semantic IDs of the trie may be valid.
+        distribution: "all": the softmax over all codes of a level; "legal": that over the codes that go on to an item, -inf
+            for any other.
+
+    Raises:
+        ValueError: "legal" without a trie.
+    """
+    assert module.decoder is not None, "a model with an item head has no codes to score"
+    codes = jnp.where(valid_BxG[..., None], codes_BxGxC, 0)
+    visible = jnp.broadcast_to(events_seen(context), valid_BxG.shape)
+    logits, _ = module.decoder(context, codes, visible, valid_BxG, bias["decoder"], None)
+    if distribution == "all":
+        return [jax.nn.log_softmax(level) for level in logits]
+    if trie is None:
+        raise ValueError("rl.distribution legal needs the trie of the semantic IDs")
+    return [log_p for log_p, _ in legal_log_probabilities(logits, codes, trie)]
+
+
 def candidate_log_p(
     module: OneRec,
     context: Context,
@@ -107,40 +140,29 @@ def candidate_log_p(
 ) -> Array:
     """log P(s^c | s^1..s^{c-1}, context) of each code of each candidate, float32 [B,G,C], differentiable.
 
-    One teacher-forced pass without dropout: the G candidates of a request share its context, and each sees all of it.
-
-    Args:
-        codes_BxGxC: int; what stands where not valid can be anything, has log P 0 and no gradient.
-        valid_BxG: bool; with `distribution` "legal" only semantic IDs of the trie may be valid.
-        distribution: "all": the softmax over all codes of a level; "legal": that over the codes that go on to an item.
-
-    Raises:
-        ValueError: "legal" without a trie.
+    As `candidate_distributions`; what is not valid has log P 0 and no gradient.
     """
-    assert module.decoder is not None, "a model with an item head has no codes to score"
+    levels = candidate_distributions(module, context, codes_BxGxC, valid_BxG, bias, trie, distribution)
     codes = jnp.where(valid_BxG[..., None], codes_BxGxC, 0)
-    visible = jnp.broadcast_to(events_seen(context), valid_BxG.shape)
-    logits, _ = module.decoder(context, codes, visible, valid_BxG, bias["decoder"], None)
-    if distribution == "all":
-        levels = [jax.nn.log_softmax(level) for level in logits]
-    elif trie is None:
-        raise ValueError("rl.distribution legal needs the trie of the semantic IDs")
-    else:
-        levels = [log_p for log_p, _ in legal_log_probabilities(logits, codes, trie)]
     own = [jnp.take_along_axis(log_p, codes[..., i, None], axis=-1) for i, log_p in enumerate(levels)]
     return jnp.where(valid_BxG[..., None], jnp.concatenate(own, axis=-1), 0.0)
+
+
+def item_distribution(module: OneRec, context: Context, request: Batch, trie: DeviceTrie | None) -> Array:
+    """log P(item | context) by the item head over the whole catalogue, float32 [B,I], differentiable."""
+    assert module.head is not None, "a model without an item head has no probabilities of items"
+    seen_Bx1 = jnp.sum(request.short.item >= 0, axis=1, keepdims=True)
+    states = module.head.states(context, request.short.item, seen_Bx1)
+    return jax.nn.log_softmax(module.item_logits(states, trie)[:, 0])
 
 
 def item_log_p(
     module: OneRec, context: Context, request: Batch, item_BxG: Array, valid_BxG: Array, trie: DeviceTrie | None
 ) -> Array:
-    """log P(item | context) of each candidate by the item head, over the whole catalogue, float32 [B,G,1], differentiable.
+    """log P(item | context) of each candidate by the item head, float32 [B,G,1], differentiable.
 
     As `candidate_log_p`, of an ID of one code: what is not valid has log P 0 and no gradient.
     """
-    assert module.head is not None, "a model without an item head has no probabilities of items"
-    seen_Bx1 = jnp.sum(request.short.item >= 0, axis=1, keepdims=True)
-    states = module.head.states(context, request.short.item, seen_Bx1)
-    log_p_BxI = jax.nn.log_softmax(module.item_logits(states, trie)[:, 0])
+    log_p_BxI = item_distribution(module, context, request, trie)
     own = jnp.take_along_axis(log_p_BxI, jnp.where(valid_BxG, item_BxG, 0), axis=-1)
     return jnp.where(valid_BxG, own, 0.0)[..., None]

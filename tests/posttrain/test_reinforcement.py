@@ -136,6 +136,7 @@ def test_a_run_serves_and_says_what_every_step_did(recipe: Recipe):
     told = {
         "reward", "reward/best", "reward/prefix_match", "reward/hit", "reward/valid", "rl/loss", "rl/ratio",
         "rl/clipped", "rl/early_clipped", "rl/zero_variance", "legality", "loss", "policy/log_p", "gradient_norm",
+        "policy/kl/level1", "policy/entropy/level3",
     }  # fmt: skip
     assert told <= set(lines[0])
     assert lines[0]["reward"] == pytest.approx(lines[0]["reward/prefix_match"] + lines[0]["reward/hit"], rel=1e-5)
