@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from onerec_jax.evaluate.ab_metrics import Estimate, Interval, interval
+from onerec_jax.evaluate.jackknife import Estimate, Interval, interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

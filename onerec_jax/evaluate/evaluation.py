@@ -17,12 +17,12 @@ from onerec_jax.config import Recipe, SimulatorSource, Source
 from onerec_jax.data.store import Dataset
 from onerec_jax.data.train_log import train_log
 from onerec_jax.evaluate.floors import fit_floor
-from onerec_jax.evaluate.metrics import clustered_mean, coverage, ranking_metrics, value
+from onerec_jax.evaluate.jackknife import Interval, interval, mean_over_users
+from onerec_jax.evaluate.metrics import coverage, ranking_metrics, value
 from onerec_jax.evaluate.requests import Requests, collect_requests
 from onerec_jax.generate.ranking import rank
 from onerec_jax.generate.recommender import Recommender, slice_ragged
 from onerec_jax.parallel.mesh import make_mesh
-from onerec_jax.posttrain.judge import learnt
 from onerec_jax.reward.lists import ListScorer
 from onerec_jax.reward.training import load_reward
 
@@ -62,10 +62,10 @@ def floor_lists(name: str, dataset: Dataset, requests: Requests, recipe: Recipe,
     return np.concatenate(lists)
 
 
-def watch_time(dataset: Dataset) -> Callable[[Requests, np.ndarray], tuple[float, float]] | None:
+def watch_time(dataset: Dataset) -> Callable[[Requests, np.ndarray], Interval] | None:
     """For simulated logs: mean true expected seconds of watching an item of these lists; None for real ones.
 
-    The function gives the mean and half the width of its 95 % interval over users, whose requests go together.
+    With a 95 % interval over users, whose requests go together.
     """
     source = TypeAdapter(Source).validate_python(dataset.card["source"])
     if not isinstance(source, SimulatorSource):
@@ -74,13 +74,13 @@ def watch_time(dataset: Dataset) -> Callable[[Requests, np.ndarray], tuple[float
 
     platform = make_platform(source, int(dataset.card["seed"]))
 
-    def measure(requests: Requests, lists_NxK: np.ndarray) -> tuple[float, float]:
+    def measure(requests: Requests, lists_NxK: np.ndarray) -> Interval:
         users = np.repeat(dataset.user_ids[requests.user], lists_NxK.shape[1])
         times = np.repeat(requests.time_ms, lists_NxK.shape[1])
         items = lists_NxK.reshape(-1)
         filled = items >= 0
         seconds = expected_watch_time(platform, users[filled], dataset.item_ids[items[filled]], times[filled])
-        return clustered_mean(seconds, np.repeat(requests.user, lists_NxK.shape[1])[filled])
+        return interval(lambda mean: mean, mean_over_users(seconds, users[filled]))
 
     return measure
 
@@ -111,11 +111,10 @@ def _measure(requests: Requests, dataset: Dataset, recipe: Recipe) -> Callable[[
 
     def measure(lists: np.ndarray) -> dict[str, float]:
         found = _metrics(lists, requests, dataset, recipe)
-        return (
-            found
-            if watched is None
-            else found | dict(zip(("watch s", "watch ±"), watched(requests, lists), strict=True))
-        )
+        if watched is None:
+            return found
+        seconds = watched(requests, lists)
+        return found | {"watch s": seconds.value, "watch ±": seconds.high - seconds.value}
 
     return measure
 
@@ -127,9 +126,7 @@ def _rewards(recommender: Recommender, requests: Requests, lists: np.ndarray) ->
         return {}
     reward, k = load_reward(run, recipe), min(recipe.evaluate.ks)
     scorer = ListScorer(recipe, recommender.dataset, recommender.ids, *reward, make_mesh(recipe.mesh))
-    found = scorer(requests.examples, lists[:, :k])
-    served = lists[:, :k] >= 0
-    return {f"{name}@{k}": float(np.mean(found[name][served])) for name in dict.fromkeys(("p_score", *learnt(recipe)))}
+    return {f"{name}@{k}": mean for name, mean in scorer.means(requests.examples, lists[:, :k]).items()}
 
 
 def _floors(requests: Requests, dataset: Dataset, recipe: Recipe) -> dict[str, dict[str, float]]:

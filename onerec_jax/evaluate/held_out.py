@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from onerec_jax.config import Recipe
 from onerec_jax.data.store import Dataset
 from onerec_jax.evaluate.metrics import ranking_metrics, value
 from onerec_jax.evaluate.requests import collect_requests
 from onerec_jax.generate.recommender import Recommender
-from onerec_jax.posttrain.judge import learnt
 from onerec_jax.reward.lists import ListScorer
 
 
@@ -34,8 +31,7 @@ def make_watch(recipe: Recipe, dataset: Dataset) -> Callable[[Recommender, ListS
         if evaluate.free_examples and recipe.model.softmax == "all":
             values["legal"] = recommender.legality(requests.examples[: evaluate.free_examples])
         if reward is not None:
-            found = reward(requests.examples, lists)
-            values |= {name: float(np.mean(found[name])) for name in dict.fromkeys(("p_score", *learnt(recipe)))}
+            values |= reward.means(requests.examples, lists)
         return values
 
     return watch

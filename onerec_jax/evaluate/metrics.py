@@ -34,20 +34,6 @@ def add(left: Mapping[str, Metric], right: Mapping[str, Metric]) -> dict[str, Me
     }
 
 
-def clustered_mean(values: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
-    """The mean of values [M] and half the width of its 95 % interval, where values of one cluster int [M] go together.
-
-    Source: the linearised variance of a ratio of sums over independent clusters, as survey statistics has it.
-    """
-    mean = float(np.mean(values))
-    _, index = np.unique(cluster, return_inverse=True)
-    residual = np.bincount(index, weights=values - mean)
-    clusters = len(residual)
-    if clusters < 2:
-        return mean, float("nan")
-    return mean, float(1.96 * np.sqrt(np.sum(residual**2) * clusters / (clusters - 1)) / len(values))
-
-
 def _relevant_keys(relevant: Ragged, stride: int) -> np.ndarray:
     """Distinct (example, item) pairs as sorted integers, example * stride + item."""
     items, offsets = relevant

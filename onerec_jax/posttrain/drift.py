@@ -13,7 +13,7 @@ from onerec_jax.config import Recipe
 from onerec_jax.data.schema import Batch
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
-from onerec_jax.posttrain.rollout import candidate_distributions, item_distribution
+from onerec_jax.posttrain.rollout import candidate_distributions, item_distribution, read_request
 from onerec_jax.posttrain.step import Experience
 from onerec_jax.train.metrics import Metrics
 
@@ -29,9 +29,7 @@ def make_drift(model: Model, recipe: Recipe) -> Callable[..., Metrics]:
     settings = recipe.rl
 
     def distributions(policy: Any, request: Batch, codes: Array, valid: Array, trie: DeviceTrie) -> dict[str, Array]:
-        local, rows = model.read(policy["tables"], request)
-        module = model.bind(policy["params"])
-        context = module.encode(local, rows, policy["bias"], None)[0]
+        module, context, local = read_request(model, policy, request)
         levels = candidate_distributions(module, context, codes, valid, policy["bias"], trie, settings.distribution)
         found = {f"level{i}": log_p for i, log_p in enumerate(levels, 1)}
         return found | ({"items": item_distribution(module, context, local, trie)} if settings.item_weight else {})

@@ -11,12 +11,11 @@ from jax import Array
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.schema import Batch
-from onerec_jax.model.encoder import Context
-from onerec_jax.model.onerec import Model, OneRec
+from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.judge import make_judge
-from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, item_log_p, make_rollout
+from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, item_log_p, make_rollout, read_request
 from onerec_jax.posttrain.step import AGAINST_THE_LOG, FROM_THE_START, Experience
 from onerec_jax.reward.candidates import Catalogue
 from onerec_jax.reward.format import format_advantage, legality
@@ -44,17 +43,12 @@ def make_experience(
     judge = make_judge(recipe, labels, reward)
     positive = tuple(i for i, name in enumerate(labels) if name in recipe.data.positive_labels)
 
-    def read(policy: Policy, request: Batch) -> tuple[OneRec, Context, Batch]:
-        local, rows = model.read(policy["tables"], request)
-        module = model.bind(policy["params"])
-        return module, module.encode(local, rows, policy["bias"], None)[0], local
-
     def log_p(policy: Policy, request: Batch, codes: Array, valid: Array, trie: DeviceTrie) -> Array:
-        module, context, _ = read(policy, request)
+        module, context, _ = read_request(model, policy, request)
         return candidate_log_p(module, context, codes, valid, policy["bias"], trie, settings.distribution)
 
     def of_items(policy: Policy, request: Batch, item: Array, valid: Array, trie: DeviceTrie) -> Array:
-        module, context, local = read(policy, request)
+        module, context, local = read_request(model, policy, request)
         return item_log_p(module, context, local, item, valid, trie)
 
     @jax.jit

@@ -102,8 +102,7 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
         state = dataclasses.replace(create_state(model, optimizer, recipe.seed, mesh), **_copy(began))
         behaviour = _copy(began)
         if recipe.evaluate.label_shift_days:
-            start_run = parse_run(recipe.train.init_from or "", recipe.runs)[0]
-            before = Recommender(start_run, recipe, dataset, ids, model, state).item_frequencies()
+            before = Recommender(_start_run(recipe), recipe, dataset, ids, model, state).item_frequencies()
             if first:
                 np.save(run / FREQUENCIES, before)
     if first:
@@ -176,6 +175,11 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
 def _reward_run(recipe: Recipe) -> str:
     base = recipe.model_copy(update={"name": recipe.name.removesuffix("-rl")})
     return recipe.rl.reward_run or str(reward_recipe(base).run_directory)
+
+
+def _start_run(recipe: Recipe) -> Path:
+    """The directory of the run that RL starts from."""
+    return parse_run(recipe.train.init_from or "", recipe.runs)[0]
 
 
 def _start_policy(recipe: Recipe, abstract: TrainState) -> Policy:

@@ -96,6 +96,13 @@ def make_rollout(
     return rollout
 
 
+def read_request(model: Model, policy: dict[str, Any], request: Batch) -> tuple[OneRec, Context, Batch]:
+    """The module of a policy (params, tables, bias), its context, and the request with rows of the tables in place of ids."""
+    local, rows = model.read(policy["tables"], request)
+    module = model.bind(policy["params"])
+    return module, module.encode(local, rows, policy["bias"], None)[0], local
+
+
 def candidate_distributions(
     module: OneRec,
     context: Context,

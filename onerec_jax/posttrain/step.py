@@ -76,11 +76,11 @@ def make_rl_loss(model: Model, recipe: Recipe) -> Callable[..., tuple[Array, Met
         own, of_objective = objective(group, settings)
         total, metrics = total + settings.weight * per_request * own, metrics | of_objective
         if seen.item is not None and seen.item_group is not None:
-            own = item_log_p(module, context, seen.request, seen.item, seen.item_group.valid, trie)
-            of_items = seen.item_group._replace(log_p=own)
-            own, _ = objective(of_items, settings)
+            log_p_items = item_log_p(module, context, seen.request, seen.item, seen.item_group.valid, trie)
+            of_items = seen.item_group._replace(log_p=log_p_items)
+            own, of_objective = objective(of_items, settings)
             total += settings.weight * settings.item_weight * per_request * own
-            metrics["rl/item_loss"] = (own, metrics["rl/loss"][1])
+            metrics["rl/item_loss"] = of_objective["rl/loss"]
             metrics["policy/item_log_p"] = _log_p_of(of_items)
         if settings.kl_weight:
             divergence, of_kl = kl_to_reference(group)

@@ -48,3 +48,11 @@ class ListScorer:
             found = self._score(self._params, self._catalogue, *given)
             parts.append({name: np.asarray(x)[: min(size, len(examples) - first)] for name, x in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def means(self, examples: np.ndarray, items_NxK: np.ndarray) -> dict[str, float]:
+        """Over all that is served, the mean P-Score and that of every learnt reward that `rl.rewards` weighs."""
+        found, served = self(examples, items_NxK), items_NxK >= 0
+        names = dict.fromkeys(
+            ("p_score", *(n for n, weight in self._recipe.rl.rewards.items() if weight and n in found))
+        )
+        return {name: float(np.mean(found[name][served])) for name in names}

@@ -28,10 +28,11 @@ from onerec_jax.data.sources.world import AGE_BANDS, DEVICES, make_users
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate import ab_test as module
-from onerec_jax.evaluate.ab_metrics import Estimate, interval, measure
+from onerec_jax.evaluate.ab_metrics import measure
 from onerec_jax.evaluate.ab_report import compare, write_report
 from onerec_jax.evaluate.ab_sessions import SESSION_GAP_MS, Policy, Served, recommending, serve, truly_best
 from onerec_jax.evaluate.ab_test import ab_test
+from onerec_jax.evaluate.jackknife import Estimate, interval
 from onerec_jax.evaluate.simulated_users import SimulatedUsers
 from onerec_jax.generate.recommender import Recommender
 from onerec_jax.model.onerec import build

@@ -115,21 +115,3 @@ def test_nothing_measured_is_not_a_number():
 def test_lists_and_relevant_items_of_different_examples_are_refused():
     with pytest.raises(ValueError, match="2 ranked lists need 3 offsets"):
         metrics.hits(np.zeros((2, 3), dtype=np.int32), ragged([[1]]))
-
-
-def test_the_interval_of_a_clustered_mean_is_that_of_resampled_clusters():
-    rng = np.random.default_rng(0)
-    cluster = np.repeat(np.arange(400), rng.integers(1, 9, 400))
-    values = rng.normal(size=400)[cluster] * 2 + rng.normal(size=len(cluster)) + 5
-    sums, counts = np.bincount(cluster, weights=values), np.bincount(cluster)
-    drawn = rng.integers(0, 400, (4000, 400))
-    resampled = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    mean, half = metrics.clustered_mean(values, cluster)
-    assert mean == pytest.approx(values.mean())
-    assert half == pytest.approx(1.96 * resampled.std(), rel=0.05)
-
-
-def test_the_interval_of_independent_values_is_the_usual_one():
-    values = np.array([1.0, 2.0, 4.0, 8.0])
-    assert metrics.clustered_mean(values, np.arange(4)) == pytest.approx((3.75, 1.96 * values.std(ddof=1) / 2))
-    assert np.isnan(metrics.clustered_mean(values, np.zeros(4, int))[1])
