@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter
+from rich.box import SIMPLE_HEAD
 from rich.progress import track
 from rich.table import Table
 
@@ -40,13 +41,13 @@ class Evaluation:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def table(self) -> Table:
-        columns = list(next(iter(self.rows.values())))
-        table = Table(title=self.protocol, title_justify="left")
+        columns = [name for name in next(iter(self.rows.values())) if not name.endswith("±")]  # that is in the JSON
+        table = Table(title=self.protocol, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
         table.add_column("")
         for name in columns:
             table.add_column(name, justify="right")
         for name, metrics in self.rows.items():
-            cells = [f"{metrics[c]:.4f}" if c in metrics else "" for c in columns]
+            cells = [f"{metrics[c]:{'.2f' if metrics[c] >= 10 else '.4f'}}" if c in metrics else "" for c in columns]
             table.add_row(name, *cells, style="bold" if name == "model" else None)
         return table
 
