@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onerec_jax.errors import InputError, StoppedError
+from onerec_jax.errors import FORESEEN, InputError
 from onerec_jax.recipe import load_recipe
 
 app = typer.Typer(
@@ -164,9 +164,9 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def rsft(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Reject-sampling fine-tuning: train on, on the requests watched longest. Run NAME-rsft."""
-    from onerec_jax.posttrain import rsft as stage
+    from onerec_jax.evaluate.stages import fine_tune
 
-    say(f"run: {stage.rsft(load_recipe(recipe, overrides or []), say)}")
+    say(f"run: {fine_tune(load_recipe(recipe, overrides or []), say)}")
 
 
 @app.command()
@@ -182,10 +182,9 @@ def reward(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def rl(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Reinforcement learning on the model's own generations, beside the loss of RSFT. Run NAME-rl."""
-    from onerec_jax.evaluate.held_out import make_watch
-    from onerec_jax.posttrain.loop import reinforce
+    from onerec_jax.evaluate.stages import reinforce_watched
 
-    say(f"run: {reinforce(load_recipe(recipe, overrides or []), make_watch, say)}")
+    say(f"run: {reinforce_watched(load_recipe(recipe, overrides or []), say)}")
 
 
 @app.command()
@@ -273,6 +272,15 @@ def run(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def goodput(run: RunName) -> None:
+    """Where the seconds of a run went, over all of its starts."""
+    from onerec_jax.train.checkpoint import parse_run
+    from onerec_jax.train.goodput import goodput, goodput_table
+
+    say(goodput_table(*goodput(parse_run(run, "runs")[0])))
+
+
+@app.command()
 def board(
     name: Annotated[str, typer.Argument(help="a board of configs/boards/ by name, or a YAML file", metavar="BOARD")],
     overrides: Overrides = None,
@@ -300,12 +308,9 @@ def main() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         app()
-    except InputError as error:
+    except FORESEEN as error:
         print(f"onerec: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except StoppedError as error:
-        print(f"onerec: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
+        raise SystemExit(int(error.code)) from None
 
 
 if __name__ == "__main__":

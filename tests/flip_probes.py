@@ -31,6 +31,7 @@ from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
 from onerec_jax.data.train_log import train_log
 from onerec_jax.errors import InputError, StoppedError
+from onerec_jax.evaluate import stages
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.evaluate.floors import fit_floor
 from onerec_jax.evaluate.held_out import make_watch
@@ -59,12 +60,15 @@ from onerec_jax.tokenizer.alignment import align
 from onerec_jax.tokenizer.content import content_vectors
 from onerec_jax.tokenizer.pairs import mine_pairs
 from onerec_jax.tokenizer.semantic_ids import SemanticIds, fit_semantic_ids
+from onerec_jax.train import loop as train_loop
+from onerec_jax.train import session
 from onerec_jax.train.checkpoint import POLICY
 from onerec_jax.train.loop import load_inputs, pretrain
 from onerec_jax.train.metrics import read_metrics
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, init_state
 from onerec_jax.train.step import make_train_step
+from onerec_jax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +297,58 @@ def training(recipe: Recipe, world: World) -> Any:
         "lines": [{name: line[name] for name in kept if name in line} for line in read_metrics(run)],
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "tensorboard": (run / "tensorboard").is_dir(),
+        "profile": (run / "profile").is_dir(),
     }
+
+
+def patience(recipe: Recipe, world: World) -> Any:
+    """Seconds after which a step of a run whose steps take 20 is a hang."""
+    now = [0.0]
+    watchdog = Watchdog(recipe.faults, Path("stacks"), lambda code: None, lambda: now[0])
+    for _ in range(5):
+        watchdog.beat()
+        now[0] += 20.0
+    watchdog.close()
+    return watchdog.limit()
+
+
+def diverging(recipe: Recipe, world: World) -> Any:
+    """What a run says whose loss is five times what it was from step 5 on."""
+    said: list[str] = []
+
+    def compile_step(step, abstract, mesh):
+        def stand_in(state, batch, trie):
+            metrics = {"loss": (5.0 if int(state.step) >= 4 else 1.0, 1.0), "skipped": (0.0, 1.0)}
+            return dataclasses.replace(state, step=state.step + 1), metrics
+
+        return stand_in
+
+    world.monkeypatch.setattr(train_loop, "build", linear_model)
+    world.monkeypatch.setattr(train_loop, "compile_step", compile_step)
+    with contextlib.suppress(StoppedError):
+        pretrain(recipe, said.append)
+    return [line.partition("  ")[0] for line in said]
+
+
+def promotion(recipe: Recipe, world: World) -> Any:
+    """Which stages' runs are compared with what they began from; nothing is trained."""
+    compared: list[str] = []
+    world.monkeypatch.setattr(stages, "check_promotable", lambda recipe: None)
+    world.monkeypatch.setattr(stages, "promote", lambda run, *given: compared.append(run))
+    world.monkeypatch.setattr(stages, "rsft", lambda recipe, report: "rsft")
+    world.monkeypatch.setattr(stages, "reinforce", lambda recipe, make_watch, report: "rl")
+    stages.fine_tune(recipe, lambda line: None)
+    stages.reinforce_watched(recipe, lambda line: None)
+    return compared
+
+
+def served(recipe: Recipe, world: World) -> Any:
+    """The port on which a run serves its metrics."""
+    ports: list[int] = []
+    stand_in = SimpleNamespace(show=lambda *given: None, close=lambda: None)
+    world.monkeypatch.setattr(session, "Served", lambda port: ports.append(port) or stand_in)
+    training(recipe, world)
+    return ports
 
 
 def start(recipe: Recipe, world: World) -> Any:

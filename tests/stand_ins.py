@@ -90,7 +90,7 @@ def instant_training(monkeypatch: pytest.MonkeyPatch) -> list[TrainState]:
     def compile_step(step, abstract, mesh):
         def stand_in(state, batch, trie):
             started.append(state)
-            return _one_more(state), {"loss": (1.0, 1.0), "loss/level1": (1.0, 1.0)}
+            return _one_more(state), {"loss": (1.0, 1.0), "loss/level1": (1.0, 1.0), "skipped": (0.0, 1.0)}
 
         return stand_in
 
@@ -149,7 +149,8 @@ def instant_reinforcement(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     def compiled(step, abstract, mesh):
         def stand_in(state, logged, seen, trie):
             steps[-1]["logged"] = logged
-            return _one_more(state), {"rl/loss": (1.0, 1.0), "policy/log_p": (1.0, 1.0)}
+            metrics = {"rl/loss": (1.0, 1.0), "policy/log_p": (1.0, 1.0), "gradient_norm": (1.0, 1.0)}
+            return _one_more(state), metrics | {"skipped": (0.0, 1.0)}
 
         return stand_in
 

@@ -41,6 +41,7 @@ SHORT_RUN = {
     "train.steps": 4, "train.eval_every": 3, "train.eval_batches": 2, "train.log_every": 2,
     "train.checkpoint_every": 3,
 }  # fmt: skip
+LEAPING = {**SHORT_RUN, "train.steps": 8, "train.eval_every": 0, "train.log_every": 1}
 ALIGNED = {"tokenizer.alignment": {"steps": 2, "batch_size": 8, "width": 4, "pairs": ["swing"], "neighbours": 4}}
 SHORT_TRAINING = {"hidden": [8], "steps": 4, "batch_size": 10, "learning_rate": 0.01}
 RQ_VAE = {
@@ -224,12 +225,20 @@ FLIPS: dict[str, Flip] = {
     "train.eval_batches": Flip(1, probe.training, SHORT_RUN),
     "train.checkpoint_every": Flip(2, probe.training, SHORT_RUN),
     "train.keep": Flip(1, probe.training, SHORT_RUN),
+    "train.keep_every": Flip(3, probe.training, {**SHORT_RUN, "train.keep": 1}),
+    "train.keep_best": Flip(2, probe.training, {**SHORT_RUN, "train.keep": 1}),
     "train.length_buckets": Flip([2], probe.batch),
     "train.workers": Flip(1, probe.loader),
     "train.threads": Flip(2, probe.loader),
     "train.prefetch": Flip(3, probe.loader),
     "train.tensorboard": Flip(True, probe.training, SHORT_RUN),
+    "train.profile_steps": Flip("2..3", probe.training, SHORT_RUN),
     "train.init_from": Flip("other", probe.start, {"train.steps": 1}),
+    "faults.hang_factor": Flip(30.0, probe.patience),
+    "faults.hang_least_s": Flip(1000.0, probe.patience),
+    "faults.spike_factor": Flip(9.0, probe.diverging, LEAPING),
+    "faults.rollbacks": Flip(1, probe.diverging, LEAPING),
+    "faults.metrics_port": Flip(9464, probe.served, SHORT_RUN),
     "evaluate.split": Flip("valid", probe.board, BOARD),
     "evaluate.ks": Flip([3], probe.board, BOARD),
     "evaluate.beam_width": Flip(9, probe.searches),
@@ -255,6 +264,7 @@ FLIPS: dict[str, Flip] = {
     "rsft.steps": Flip(100, probe.fine_tuning),
     "rsft.learning_rate": Flip(4e-5, probe.fine_tuning),
     "rsft.table_rate": Flip(2e-4, probe.fine_tuning),
+    "rsft.promote": Flip("better", probe.promotion),
     "reward.objectives": Flip({"click": 1.0}, probe.reward_loss, SMALL_REWARD),
     "reward.known_with_playtime": Flip(("click",), probe.reward_loss, SMALL_REWARD),
     "reward.playtime_cap_s": Flip(60.0, probe.reward_loss, SMALL_REWARD),
@@ -302,6 +312,7 @@ FLIPS: dict[str, Flip] = {
     "rl.watch_every": Flip(3, probe.reinforcement, SHORT_RL),
     "rl.watch_examples": Flip(10, probe.watched),
     "rl.watch_k": Flip(5, probe.watched),
+    "rl.promote": Flip("better", probe.promotion),
     "rl.max_fall": Flip(0.15, probe.reinforcement, SHORT_RL),
     "rl.checkpoint_every": Flip(3, probe.reinforcement, SHORT_RL),
     "rl.log_every": Flip(3, probe.reinforcement, SHORT_RL),

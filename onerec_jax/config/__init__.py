@@ -14,6 +14,7 @@ from onerec_jax.config.data import (
 )
 from onerec_jax.config.evaluate import EvaluateConfig
 from onerec_jax.config.experiment import Recipe, digest_of
+from onerec_jax.config.faults import FaultsConfig
 from onerec_jax.config.model import ModelConfig, MoEConfig, TablesConfig
 from onerec_jax.config.posttrain import RewardConfig, RLConfig, RSFTConfig, ShareCap
 from onerec_jax.config.section import Section, setting
@@ -38,6 +39,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EvaluateConfig",
+    "FaultsConfig",
     "FiniteScalarQuantizer",
     "Hierarchical",
     "KuaiRandSource",

@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from onerec_jax.config.data import DataConfig
 from onerec_jax.config.evaluate import EvaluateConfig
+from onerec_jax.config.faults import FaultsConfig
 from onerec_jax.config.model import ModelConfig
 from onerec_jax.config.posttrain import RewardConfig, RLConfig, RSFTConfig
 from onerec_jax.config.section import Section, setting
@@ -32,6 +33,7 @@ class Recipe(Section):
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     train: TrainConfig = TrainConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     rsft: RSFTConfig = RSFTConfig()
     reward: RewardConfig = RewardConfig()

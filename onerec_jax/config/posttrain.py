@@ -8,6 +8,12 @@ from pydantic import model_validator
 
 from onerec_jax.config.section import Section, setting
 
+Promote = Literal["always", "better"]
+_PROMOTE = (
+    "better: where the recall on all held-out requests has not risen beyond its 95 % interval, whoever reads the finished run "
+    "gets the one it started from"
+)
+
 
 class RSFTConfig(Section):
     """Reject-sampling fine-tuning: more pre-training, on the requests that were watched longest (REFERENCE 1.8)."""
@@ -18,6 +24,7 @@ class RSFTConfig(Section):
     steps: int = setting(200, "optimizer steps", ge=1)
     learning_rate: float = setting(8e-5, "rate at the end, to which a cosine anneals from that of pre-training", gt=0)
     table_rate: float = setting(1e-4, "rate of row-wise Adagrad on id tables", gt=0)
+    promote: Promote = setting("always", _PROMOTE)
 
 
 class RewardConfig(Section):
@@ -111,6 +118,7 @@ class RLConfig(Section):
     watch_every: int = setting(50, "steps between measurements of the held-out recall, 0 = never", ge=0)
     watch_examples: int = setting(1000, "held-out requests", ge=1)
     watch_k: int = setting(10, "cut-off of the held-out recall", ge=1)
+    promote: Promote = setting("always", _PROMOTE)
     max_fall: float = setting(0.05, "stop where the held-out recall has fallen by more than this share", gt=0, le=1)
     checkpoint_every: int = setting(50, "steps between checkpoints", ge=1)
     log_every: int = setting(10, "steps between log lines", ge=1)

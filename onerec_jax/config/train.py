@@ -106,6 +106,8 @@ class TrainConfig(Section):
     eval_batches: int = setting(8, "validation batches per validation loss", ge=1)
     checkpoint_every: int = setting(200, "steps between checkpoints; one is always written at the end", ge=1)
     keep: int = setting(2, "checkpoints kept, the most recent", ge=1)
+    keep_every: int = setting(0, "also keep the checkpoints of every so many steps, 0 = none", ge=0)
+    keep_best: int = setting(0, "also keep so many checkpoints of the lowest validation loss, 0 = none", ge=0)
     length_buckets: tuple[int, ...] = setting(
         (),
         "lengths, below model.short_length, that the short pathway of a batch is cut to where all of its requests fit: "
@@ -115,14 +117,30 @@ class TrainConfig(Section):
     threads: int = setting(2, "loader threads per process", ge=1)
     prefetch: int = setting(4, "batches prepared ahead", ge=1)
     tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
+    profile_steps: str | None = setting(
+        None, "first..last step that an XProf trace is written of, into the run's folder profile, such as 100..105",
+        pattern=r"^[1-9][0-9]*\.\.[1-9][0-9]*$",
+    )  # fmt: skip
     init_from: str | None = setting(None, "RUN or RUN@STEP whose parameters to start from")
 
     def half_life_at(self, step: int) -> float:
         """`half_life_days` from the step on where it sets in, 0 before."""
         return self.half_life_days if step >= self.half_life_from * self.steps else 0.0
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last of `profile_steps`."""
+        if self.profile_steps is None:
+            return None
+        first, last = self.profile_steps.split("..")
+        return int(first), int(last)
+
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
+        if self.keep_best and not self.eval_every:
+            raise ValueError("train.keep_best goes by the validation loss: set train.eval_every")
+        if self.profiled is not None and self.profiled[0] > self.profiled[1]:
+            raise ValueError(f"train.profile_steps {self.profile_steps} must be first..last, and last not before first")
         if self.sampled_items and self.label_smoothing:
             raise ValueError("train.label_smoothing is over all items: it must be 0 where train.sampled_items is not")
         if list(self.length_buckets) != sorted({length for length in self.length_buckets if length > 0}):

@@ -18,7 +18,7 @@ import jax
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.store import Dataset
-from onerec_jax.errors import InputError
+from onerec_jax.errors import FORESEEN, InputError
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.evaluate.stages import Runs, Stage
 from onerec_jax.generate.load import load_recommender
@@ -155,6 +155,6 @@ def _alone(job: Job, share: set[int] | None) -> None:
         os.sched_setaffinity(0, share)
     try:
         run_job(job, Dataset(job.recipe.dataset_directory), report)
-    except InputError as error:
+    except FORESEEN as error:
         report(f"onerec: {error}")
-        raise SystemExit(2) from None
+        raise SystemExit(int(error.code)) from None

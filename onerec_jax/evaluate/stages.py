@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from onerec_jax.config import Recipe, Section, digest_of
 from onerec_jax.evaluate.held_out import make_watch
+from onerec_jax.evaluate.promotion import check_promotable, promote
 from onerec_jax.posttrain.judge import learnt
 from onerec_jax.posttrain.loop import reinforce, rl_recipe
 from onerec_jax.posttrain.rsft import rsft, rsft_recipe
@@ -65,10 +66,30 @@ class Runs:
         """Trains what is missing; returns the directory of the last run."""
         run = pretrain(self.pretraining, report)
         if self.rsft is not None:
-            run = rsft(self.rsft, report)
+            run = fine_tune(self.rsft, report)
         if self.reward is not None:
             train_reward(self.reward, report)
-        return run if self.rl is None else reinforce(self.rl, make_watch, report)
+        return run if self.rl is None else reinforce_watched(self.rl, report)
+
+
+def fine_tune(recipe: Recipe, report: Callable[[str], None]) -> Path:
+    """RSFT, and whether it is served; returns the run directory."""
+    if recipe.rsft.promote == "always":
+        return rsft(recipe, report)
+    check_promotable(recipe)
+    run = rsft(recipe, report)
+    promote(run, rsft_recipe(recipe).train.init_from or "", recipe, report)
+    return run
+
+
+def reinforce_watched(recipe: Recipe, report: Callable[[str], None]) -> Path:
+    """RL under watch of the held-out recall, and whether it is served; returns the run directory."""
+    if recipe.rl.promote == "always":
+        return reinforce(recipe, make_watch, report)
+    check_promotable(recipe)
+    run = reinforce(recipe, make_watch, report)
+    promote(run, rl_recipe(recipe).train.init_from or "", recipe, report)
+    return run
 
 
 def runs_of(recipe: Recipe, stage: Stage, pretraining: Recipe) -> Runs:

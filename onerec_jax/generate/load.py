@@ -8,11 +8,14 @@ from onerec_jax.recipe import load_recipe
 from onerec_jax.train.checkpoint import Checkpoints, parse_run
 from onerec_jax.train.loop import load_inputs
 from onerec_jax.train.optimizer import make_optimizer
+from onerec_jax.train.promotion import served_run
 from onerec_jax.train.state import abstract_state
 
 
 def load_recommender(run: str, overrides: list[str] | tuple[str, ...] = (), *, runs: str = "runs") -> Recommender:
     """The newest checkpoint of RUN, or that of RUN@STEP, with settings overridden (the model's may not be).
+
+    A run that was not promoted (`train.promotion`) has the parameters of the one it started from.
 
     Raises:
         InputError: no such run or checkpoint, or one that does not fit its dataset.
@@ -21,7 +24,8 @@ def load_recommender(run: str, overrides: list[str] | tuple[str, ...] = (), *, r
     recipe = load_recipe(str(folder / "config.yaml"), overrides)
     dataset, ids, model = load_inputs(recipe)
     abstract = abstract_state(model, make_optimizer(recipe.train), make_mesh(recipe.mesh))
-    checkpoints = Checkpoints(folder)
+    source, step = served_run(folder, step)
+    checkpoints = Checkpoints(source)
     try:
         state, _ = checkpoints.restore(abstract, recipe, step)
     finally:

@@ -36,9 +36,12 @@ from onerec_jax.reward.lists import ListScorer
 from onerec_jax.reward.training import load_reward, reward_recipe
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import POLICY, Checkpoints, parse_run
+from onerec_jax.train.divergence import stop_if_lost
 from onerec_jax.train.loop import load_inputs, write_config
 from onerec_jax.train.metrics import MetricsLog, add, ratios
 from onerec_jax.train.optimizer import make_optimizer
+from onerec_jax.train.promotion import served_run
+from onerec_jax.train.session import Session
 from onerec_jax.train.state import TrainState, abstract_state, create_state
 
 Report = Callable[[str], None]
@@ -77,6 +80,11 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
     """
     start(recipe.distributed)
     recipe = rl_recipe(recipe)
+    with Session(recipe) as session:
+        return _reinforce(recipe, make_watch, report, session)
+
+
+def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: Session) -> Path:
     settings, first = recipe.rl, jax.process_index() == 0
     mesh = make_mesh(recipe.mesh)
     check_batch(mesh, settings.batch_size, recipe.train.accumulation)
@@ -88,7 +96,7 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
     abstract = abstract_state(model, optimizer, mesh)
     began = _start_policy(recipe, abstract)
     run = recipe.run_directory
-    checkpoints = Checkpoints(run, recipe.train.keep)
+    checkpoints = Checkpoints(run, recipe.train, report)
     logged, requests, histories = _pipelines(
         recipe, dataset, ids, mesh, recipe.reward if reward is None else reward[0].config
     )
@@ -122,32 +130,42 @@ def reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report = print) -> 
         guard = None
     log = MetricsLog(run, recipe.train.tensorboard) if first else None
     window, at = None, int(state.step)
+    session.begin(at)
     try:
         while at < settings.steps:
-            request, history = put_batch(next(requests), mesh), put_batch(next(histories), mesh)
+            with session.doing("data"):
+                request, history, of_log = (put_batch(next(p), mesh) for p in (requests, histories, logged))
             key = jax.random.fold_in(jax.random.key(recipe.seed + _REQUESTS), at)
             seen, of_rollout = experience(
                 behaviour, began, reward and reward[1], catalogue, request, history, trie, leaf_item, key
             )
-            state, metrics = step(state, put_batch(next(logged), mesh), seen, trie)
+            state, metrics = step(state, of_log, seen, trie)
             metrics = metrics | of_rollout
             window = metrics if window is None else add(window, metrics)
             at += 1
+            leaving = session.stepped(at, metrics["gradient_norm"])
             if settings.refresh_every and at % settings.refresh_every == 0:
                 behaviour = _copy({name: getattr(state, name) for name in POLICY})
             last = at == settings.steps
-            if at % settings.log_every == 0 or last:
+            saving = leaving or last or at % settings.checkpoint_every == 0
+            if saving or at % settings.log_every == 0:
                 policy = {name: getattr(state, name) for name in POLICY}
                 values, window = ratios(window | drift(began, policy, seen, trie)), None
                 if log is not None:
                     log.write(at, values)
+                session.log(at, values)
                 report(progress_line(at, settings.steps, values))
-            if guard is not None and (at % settings.watch_every == 0 or last):
-                values = guard.look(at, state)
+                stop_if_lost(at, values)
+            if guard is not None and (last or at % settings.watch_every == 0):
+                with session.doing("evaluation"):
+                    values = guard.look(at, state)
                 if log is not None:
                     log.write(at, {f"held_out/{name}": value for name, value in values.items()})
-            if at % settings.checkpoint_every == 0 or last:
-                checkpoints.save(at, state, logged.state(), recipe, behaviour)
+            if saving:
+                with session.doing("checkpoint"):
+                    checkpoints.save(at, state, logged.state(), recipe, behaviour)
+            if leaving and not last:
+                session.leave(at, checkpoints.wait)
     finally:
         for pipeline in (logged, requests, histories):
             pipeline.close()
@@ -179,12 +197,12 @@ def _reward_run(recipe: Recipe) -> str:
 
 def _start_run(recipe: Recipe) -> Path:
     """The directory of the run that RL starts from."""
-    return parse_run(recipe.train.init_from or "", recipe.runs)[0]
+    return served_run(*parse_run(recipe.train.init_from or "", recipe.runs))[0]
 
 
 def _start_policy(recipe: Recipe, abstract: TrainState) -> Policy:
     """The run that RL starts from."""
-    folder, step = parse_run(recipe.train.init_from or "", recipe.runs)
+    folder, step = served_run(*parse_run(recipe.train.init_from or "", recipe.runs))
     other = Checkpoints(folder)
     try:
         return other.restore_model(abstract, recipe, step)

@@ -19,6 +19,7 @@ from onerec_jax.model.tables import gather, this_step, update_tables
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.objectives import OBJECTIVES, ecpo_of, kl_to_reference
 from onerec_jax.posttrain.rollout import candidate_log_p, item_log_p
+from onerec_jax.train.divergence import counted, where_finite
 from onerec_jax.train.metrics import Metrics, mean
 from onerec_jax.train.state import TrainState
 from onerec_jax.train.step import make_loss, micro_batches
@@ -116,7 +117,8 @@ def make_rl_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A pure function (state, logged requests, experience, trie) -> (state, metrics); jit it with the state donated.
 
-    With `train.accumulation` N the gradient is that of the whole step, whatever the masks of its N parts.
+    With `train.accumulation` N the gradient is that of the whole step, whatever the masks of its N parts. A step whose gradient
+    is not finite changes nothing but its number, and is counted as `skipped`.
     """
     loss, train = make_rl_loss(model, recipe), recipe.train
     gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
@@ -144,17 +146,20 @@ def make_rl_step(
             (grads, metrics), _ = jax.lax.scan(
                 lambda carry, xs: (jax.tree.map(jnp.add, carry, micro(*xs)), None), zeros, parts
             )
+        norm = optax.global_norm(grads[0])
+        finite = jnp.isfinite(norm)
         updates, optimizer_state = optimizer.update(grads[0], state.optimizer, state.params)
-        metrics["gradient_norm"] = mean(optax.global_norm(grads[0]))
-        tables, _ = update_tables(state.tables, touched, grads[1][0], train.table_rate, settings, now)
-        tables, of_tables = update_tables(tables, generated_for, grads[1][1], train.table_rate, settings, now)
+        metrics["gradient_norm"] = mean(norm)
+        of_rows = where_finite(finite, grads[1], jax.tree.map(jnp.zeros_like, grads[1]))
+        tables, _ = update_tables(state.tables, touched, of_rows[0], train.table_rate, settings, now)
+        tables, of_tables = update_tables(tables, generated_for, of_rows[1], train.table_rate, settings, now)
         new = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
+            params=where_finite(finite, optax.apply_updates(state.params, updates), state.params),
+            optimizer=where_finite(finite, optimizer_state, state.optimizer),
             tables=tables,
         )
-        return new, metrics | of_tables
+        return new, counted(finite, metrics | of_tables)
 
     return step

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,8 +28,10 @@ from onerec_jax.reward.pscore import RewardModel, build_reward, make_reward_loss
 from onerec_jax.reward.quality import quality
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, parse_run
+from onerec_jax.train.divergence import counted, stop_if_lost, where_finite
 from onerec_jax.train.loop import load_inputs, write_config
 from onerec_jax.train.metrics import Metrics, MetricsLog, add, mean, ratios
+from onerec_jax.train.session import Session
 from onerec_jax.train.state import TrainState
 
 QUALITY = "reward.json"
@@ -79,10 +82,13 @@ def make_reward_step(
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if model.config.dropout else None
         (_, metrics), grads = gradients(state.params, batch, catalogue, key)
         grads = jax.tree.map(lambda g: g / (metrics["loss"][1] + 1e-20), grads)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics["gradient_norm"] = mean(optax.global_norm(grads))
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state, {}, {})
-        return new, metrics
+        metrics["gradient_norm"] = mean(norm)
+        changed = optax.apply_updates(state.params, updates), optimizer_state
+        params, optimizer_state = where_finite(finite, changed, (state.params, state.optimizer))
+        return TrainState(state.step + 1, params, optimizer_state, {}, {}), counted(finite, metrics)
 
     return step
 
@@ -91,6 +97,11 @@ def train_reward(recipe: Recipe, report: Callable[[Any], None] = print) -> Path:
     """Trains to `reward.steps`, or goes on from the run's newest checkpoint; returns the run directory, `NAME-reward`."""
     start(recipe.distributed)
     recipe = reward_recipe(recipe)
+    with Session(recipe) as session:
+        return _train_reward(recipe, report, session)
+
+
+def _train_reward(recipe: Recipe, report: Callable[[Any], None], session: Session) -> Path:
     first = jax.process_index() == 0
     mesh = make_mesh(recipe.mesh)
     check_batch(mesh, recipe.train.batch_size, 1)
@@ -100,7 +111,7 @@ def train_reward(recipe: Recipe, report: Callable[[Any], None] = print) -> Path:
     abstract = _abstract(model, optimizer, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     run = recipe.run_directory
-    checkpoints = Checkpoints(run, recipe.train.keep)
+    checkpoints = Checkpoints(run, recipe.train, report)
     index, count = share_of_process(mesh)
     pipeline = Pipeline(dataset, ids.codes, recipe, process_index=index, process_count=count)
     if checkpoints.steps():
@@ -117,19 +128,29 @@ def train_reward(recipe: Recipe, report: Callable[[Any], None] = print) -> Path:
     )
     step_fn = on_mesh(mesh, step)
     log = MetricsLog(run, recipe.train.tensorboard) if first else None
-    batches, window, at, steps = iter(pipeline), None, int(state.step), recipe.reward.steps
+    window, at, steps = None, int(state.step), recipe.reward.steps
+    session.begin(at)
     try:
         while at < steps:
-            state, metrics = step_fn(state, put_batch(next(batches), mesh), catalogue)
+            with session.doing("data"):
+                host_batch = next(pipeline)
+            state, metrics = step_fn(state, put_batch(host_batch, mesh), catalogue)
             window = metrics if window is None else add(window, metrics)
             at += 1
-            if at % recipe.train.log_every == 0 or at == steps:
+            leaving = session.stepped(at, metrics["loss"])
+            saving = leaving or at == steps or at % recipe.train.checkpoint_every == 0
+            if saving or at % recipe.train.log_every == 0:
                 values, window = ratios(window), None
+                session.log(at, values)
                 if log is not None:
                     log.write(at, values)
                     report(f"step {at}/{steps}  loss {values['loss']:.4f}  P-Score {values['loss/p_score']:.4f}")
-            if at % recipe.train.checkpoint_every == 0 or at == steps:
-                checkpoints.save(at, state, pipeline.state(), recipe)
+                stop_if_lost(at, values)
+            if saving:
+                with session.doing("checkpoint"):
+                    checkpoints.save(at, state, pipeline.state(), recipe)
+            if leaving and at < steps:
+                session.leave(at, checkpoints.wait)
     finally:
         pipeline.close()
         if log is not None:

@@ -1,22 +1,28 @@
 """Checkpoints of a run: {train state, data position, recipe}, asynchronous, found whole or not at all.
 
-A checkpoint is written beside its final name and renamed when complete, so a kill at any moment leaves the one before.
+A checkpoint is written beside its final name and renamed when complete, so a kill at any moment leaves the one before. What
+was written is recorded (`integrity`), and a newest checkpoint that is damaged is put aside for the one before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1 as ocp
 
-from onerec_jax.config import Recipe
-from onerec_jax.errors import InputError
+from onerec_jax.config import Recipe, TrainConfig
+from onerec_jax.errors import InputError, StorageError
 from onerec_jax.parallel.sharding import path_name
 from onerec_jax.recipe import make_recipe
+from onerec_jax.train import integrity
 from onerec_jax.train.state import TrainState
 
 POLICY = ("params", "tables", "bias")  # what a forward pass needs of a train state
@@ -24,51 +30,110 @@ POLICY = ("params", "tables", "bias")  # what a forward pass needs of a train st
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+VALIDATION = "valid/loss"  # what the best checkpoints of `train.keep_best` have least of
+
+
 class Checkpoints:
     """The checkpoints of one run directory.
 
     Args:
         run: the run directory.
-        keep: how many a writer keeps, the most recent; None only reads, and leaves what another process is writing alone.
+        kept: which ones a writer keeps; None only reads, and leaves what another process is writing alone.
+        report: told of damage.
+
+    Raises:
+        StorageError: for a writer, the directory could not be read.
     """
 
-    def __init__(self, run: Path, keep: int | None = None):
+    def __init__(self, run: Path, kept: TrainConfig | None = None, report: Callable[[str], object] = print):
         self.directory = (run / "checkpoints").resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
-        keep_latest: Any = ocp.training.preservation_policies.LatestN(keep or 1)
+        self._writes, self._report = kept is not None, report
+        if self._writes:
+            self._put_damaged_aside()
         every_step: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
             str(self.directory),
             save_decision_policy=every_step,
-            preservation_policy=keep_latest,
-            cleanup_tmp_directories=keep is not None,
+            preservation_policy=_preserved(kept or TrainConfig(keep=1)),
+            cleanup_tmp_directories=self._writes,
         )
-        self._pending: Any = None
+        self._pending: _Pending | None = None
+        self._sound: set[int] = set()
 
     def steps(self) -> list[int]:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def save(
-        self, step: int, state: TrainState, position: dict[str, int], recipe: Recipe, behaviour: Any = None
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, int],
+        recipe: Recipe,
+        behaviour: Any = None,
+        validation: float | None = None,
     ) -> None:
         """Starts writing; returns once the state is copied, so that the loop may go on and donate it.
 
-        `behaviour` is of RL: the older policy that generates.
+        `behaviour` is of RL: the older policy that generates. `validation` is the last validation loss, if there is one.
+
+        Raises:
+            StorageError: the save before this one failed, or this one could not begin; none that was there is deleted.
         """
         self.wait()
         parts = {"state": _as_dict(state), "data": position, "recipe": recipe.model_dump(mode="json")}
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step,
-            parts if behaviour is None else parts | {"behaviour": behaviour},
-            force=True,
-            overwrite=step in self.steps(),
-        )
+        path = self.directory / str(step)
+        again = step in self.steps()
+        if again and jax.process_index() == 0:
+            integrity.forget(path)
+        try:
+            written = self._checkpointer.save_checkpointables_async(
+                step,
+                parts if behaviour is None else parts | {"behaviour": behaviour},
+                force=True,
+                overwrite=again,
+                metrics=None if validation is None else {VALIDATION: validation},
+            )
+        except OSError as error:
+            raise self._failed(step, error) from error
+        self._pending = _Pending(step, path, written)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what it failed with."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Returns when the last save is on disk.
+
+        Raises:
+            StorageError: it failed; none that was there before is deleted.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and (error := pending.join()) is not None:
+            raise self._failed(pending.step, error) from error
+
+    def _failed(self, step: int, error: BaseException) -> StorageError:
+        reason = " ".join(str(error).split())
+        kept = ", ".join(str(s) for s in sorted(_steps_in(self.directory)) if s != step)
+        there = f"those of step {kept} are whole" if kept else "there is none before it"
+        return StorageError(
+            f"the checkpoint of step {step} could not be written to {self.directory}: {reason}; {there}"
+        )
+
+    def _put_damaged_aside(self) -> None:
+        """Renames newest checkpoints until one is whole; every process reads its share of the files."""
+        share = jax.process_index(), jax.process_count()
+        for step in sorted(_steps_in(self.directory), reverse=True):
+            path = self.directory / str(step)
+            reason = integrity.damage(path, share)
+            found = _in_any_process(reason is not None)
+            if not found:
+                break
+            aside = self.directory.with_name("checkpoints_damaged") / str(step)
+            if reason is not None:
+                self._report(f"warning: checkpoint {step} is damaged: {reason}; it is put aside as {aside}")
+            if jax.process_index() == 0:
+                _move(path, aside)
+                integrity.forget(path)
+            _in_any_process(False)  # nobody looks at the next one before this one is gone
+        if jax.process_index() == 0:
+            integrity.forget_deleted(self.directory)
 
     def recipe(self, step: int | None = None) -> Recipe:
         """The recipe that wrote a checkpoint."""
@@ -106,18 +171,33 @@ class Checkpoints:
             return self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
 
     def close(self) -> None:
-        self.wait()
-        self._checkpointer.close()
+        """Waits for the last save, as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(OSError):  # of a failed save, which `wait` told
+                self._checkpointer.close()
 
     def _known(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
             raise InputError(f"{self.directory} holds no checkpoint; `onerec pretrain RECIPE` writes one")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
+        if step is not None and step not in steps:
             raise InputError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        return step
+        if self._writes:
+            return steps[-1] if step is None else step  # of a writer the newest one has been looked at
+        return self._whole(steps[::-1] if step is None else [step])
+
+    def _whole(self, steps: list[int]) -> int:
+        """The first of these that is not damaged."""
+        reason = None
+        for step in steps:
+            reason = None if step in self._sound else integrity.damage(self.directory / str(step))
+            if reason is None:
+                self._sound.add(step)
+                return step
+            self._report(f"warning: checkpoint {step} is damaged: {reason}")
+        raise InputError(f"{self.directory} holds no whole checkpoint of step {', '.join(map(str, steps))}: {reason}")
 
     def _fitting(self, wanted: dict[str, Any], recipe: Recipe, step: int | None) -> int:
         """The step to load, once it is sure that it holds what is wanted."""
@@ -149,6 +229,60 @@ class Checkpoints:
                 f"{self.directory}/{step} does not fit this dataset: {name} is {there.get(name, 'missing')} there and "
                 f"{here.get(name, 'missing')} here; use the dataset and semantic IDs it was trained on"
             )
+
+
+class _Pending:
+    """A save on its way: once it is on disk, a thread records what was written."""
+
+    def __init__(self, step: int, path: Path, written: Any):
+        self.step, self._path, self._written = step, path, written
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._finish, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def _finish(self) -> None:
+        try:
+            self._written.result()
+            if jax.process_index() == 0:
+                integrity.record(self._path)
+        except Exception as error:  # given to whoever waits
+            self._error = error
+
+    def join(self) -> BaseException | None:
+        self._thread.join()
+        return self._error
+
+
+def _preserved(kept: TrainConfig) -> Any:
+    policies = ocp.training.preservation_policies
+    chosen: list[Any] = [policies.LatestN(kept.keep)]
+    if kept.keep_every:
+        chosen.append(policies.EveryNSteps(kept.keep_every))
+    if kept.keep_best:
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=kept.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )  # fmt: skip
+        chosen.append(best)
+    return policies.AnyPreservationPolicy(chosen)
+
+
+def _steps_in(directory: Path) -> list[int]:
+    return [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
+
+
+def _in_any_process(flag: bool) -> bool:
+    """Whether `flag` is true in some process; every process has to ask."""
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def _move(path: Path, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
+    number = 0
+    while to.exists():
+        number += 1
+        to = to.with_name(f"{path.name}_{number}")
+    path.rename(to)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

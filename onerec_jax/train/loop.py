@@ -17,7 +17,7 @@ from onerec_jax.config import Recipe
 from onerec_jax.data.batch import TargetWeights, make_batch
 from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.model.batch import pathways
 from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
@@ -27,9 +27,12 @@ from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_p
 from onerec_jax.parallel.sharding import check_sharded, put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
+from onerec_jax.train.divergence import Divergence
 from onerec_jax.train.flops import peak_flops, request_flops
 from onerec_jax.train.metrics import MetricsLog, add, ratios
 from onerec_jax.train.optimizer import make_optimizer
+from onerec_jax.train.promotion import served_run
+from onerec_jax.train.session import Session
 from onerec_jax.train.state import TrainState, abstract_state, create_state
 from onerec_jax.train.step import compile_step, make_eval_step, make_train_step
 
@@ -52,9 +55,12 @@ def load_inputs(recipe: Recipe) -> tuple[Dataset, SemanticIds, Model]:
 def pretrain(recipe: Recipe, report: Report = print) -> Path:
     """Trains to `train.steps`, going on from the run's newest checkpoint if there is one; returns the run directory."""
     start(recipe.distributed)
-    train = recipe.train
-    first = jax.process_index() == 0
-    report = report if first else _silent
+    with Session(recipe) as session:
+        return _pretrain(recipe, report if jax.process_index() == 0 else _silent, session)
+
+
+def _pretrain(recipe: Recipe, report: Report, session: Session) -> Path:
+    train, first = recipe.train, jax.process_index() == 0
     mesh = make_mesh(recipe.mesh)
     check_batch(mesh, train.batch_size, train.accumulation)
     dataset, ids, model = load_inputs(recipe)
@@ -69,7 +75,7 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
         )
     run = recipe.run_directory
     given = _other_run(abstract, recipe) if train.init_from and not has_checkpoint(run) else None
-    checkpoints = Checkpoints(run, train.keep)
+    checkpoints = Checkpoints(run, train, report)
     index, count = share_of_process(mesh)
     pipeline = Pipeline(dataset, ids.codes, recipe, process_index=index, process_count=count)
     if checkpoints.steps():
@@ -87,39 +93,71 @@ def pretrain(recipe: Recipe, report: Report = print) -> Path:
     step_fn = compile_step(make_train_step(model, recipe, optimizer), abstract, mesh)
     validate = _validation(model, dataset, ids, recipe, mesh, trie)
     log = MetricsLog(run, train.tensorboard) if first else None
-    speed = Speed(model, recipe, mesh)
-    batches = iter(pipeline)
-    window, pending, at = None, None, int(state.step)
+    speed, divergence, rollbacks = Speed(model, recipe, mesh), Divergence(recipe.faults), 0
+    window, validation, at = None, None, int(state.step)
+    session.begin(at)
     try:
         while at < train.steps:
             waited = time.perf_counter()
-            host_batch = next(batches)
+            with session.doing("data"):
+                host_batch = next(pipeline)
             speed.waited(time.perf_counter() - waited)
-            batch = put_batch(host_batch, mesh)
             speed.count(host_batch)
-            state, metrics = step_fn(state, batch, trie)
-            if pending is not None:  # step N is read while step N+1 runs
-                window = pending if window is None else add(window, pending)
-            pending, at = metrics, at + 1
+            state, metrics = step_fn(state, put_batch(host_batch, mesh), trie)
+            window = metrics if window is None else add(window, metrics)
+            at += 1
+            leaving = session.stepped(at, metrics["loss"])
             last = at == train.steps
-            if at % train.log_every == 0 or last:
-                window = pending if window is None else add(window, pending)
-                values = ratios(window) | speed.window(at)
-                window = pending = None
+            saving = leaving or last or at % train.checkpoint_every == 0
+            if saving or at % train.log_every == 0:  # what is saved has been looked at, and its line ends there
+                values, window = ratios(window) | speed.window(at), None
                 _write(log, at, values)
+                session.log(at, values)
                 report(progress_line(at, train.steps, values))
-            if train.eval_every and (at % train.eval_every == 0 or last):
-                values = validate(state)
+                if (wrong := divergence.found(values)) is not None:
+                    state, at = _go_back(checkpoints, abstract, recipe, f"step {at}: {wrong}", rollbacks, report)
+                    rollbacks += 1
+                    session.back(at)
+                    continue
+            if train.eval_every and (last or at % train.eval_every == 0):
+                with session.doing("evaluation"):
+                    values = validate(state)
+                validation = values["valid/loss"]
                 _write(log, at, values)
-                report(f"step {at}  validation loss {values['valid/loss']:.4f}")
+                report(f"step {at}  validation loss {validation:.4f}")
                 speed.restart()
-            if at % train.checkpoint_every == 0 or last:
-                checkpoints.save(at, state, pipeline.state(), recipe)
+            if saving:
+                with session.doing("checkpoint"):
+                    checkpoints.save(at, state, pipeline.state(), recipe, validation=validation)
+            if leaving and not last:
+                session.leave(at, checkpoints.wait)
     finally:
         if log is not None:
             log.close()
-        checkpoints.close()
+        with session.doing("checkpoint"):
+            checkpoints.close()
+        pipeline.close()
     return run
+
+
+def _go_back(
+    checkpoints: Checkpoints, abstract: TrainState, recipe: Recipe, wrong: str, rollbacks: int, report: Report
+) -> tuple[TrainState, int]:
+    """The newest checkpoint; the data goes on from where it is, past what the run diverged on.
+
+    Raises:
+        StoppedError: it has gone back too often, or there is no checkpoint.
+    """
+    checkpoints.wait()
+    limit, steps = recipe.faults.rollbacks, checkpoints.steps()
+    if rollbacks >= limit or not steps:
+        done = f"after {rollbacks} of faults.rollbacks {limit}" if steps else "before the first checkpoint"
+        raise StoppedError(
+            f"stopped at {wrong}, {done}; a lower train.learning_rate or more train.warmup_steps may help"
+        )
+    report(f"diverged at {wrong}; back to step {steps[-1]}, and past the data since")
+    state, _ = checkpoints.restore(abstract, recipe)
+    return state, int(state.step)
 
 
 def _silent(line: str) -> None:
@@ -133,7 +171,7 @@ def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
 
 def _other_run(abstract: TrainState, recipe: Recipe) -> dict[str, Any]:
     """Parameters, tables and biases of the run that `train.init_from` names."""
-    source, step = parse_run(recipe.train.init_from or "", recipe.runs)
+    source, step = served_run(*parse_run(recipe.train.init_from or "", recipe.runs))
     other = Checkpoints(source)
     try:
         given = other.restore_model(abstract, recipe, step)
@@ -260,6 +298,8 @@ def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
         f"MFU {100 * values['mfu']:.1f}%" if "mfu" in values else f"{values['gflops']:.1f} GFLOP/s",
         f"data {100 * values['data_wait']:.0f}%",
     ]
+    if values.get("skipped"):
+        parts.append(f"{values['skipped']:.0%} of the steps skipped")
     load = [v for k, v in values.items() if k.endswith("max_over_mean")]
     if load:
         parts.append(f"expert load {max(load):.2f}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,7 @@ class MetricsLog:
     """`metrics.jsonl` (always) and TensorBoard events (optional) of a run; lines of one step are written together."""
 
     def __init__(self, directory: Path, tensorboard: bool):
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        _drop_partial_line(path)
-        self._file: TextIO = path.open("a", buffering=1)
+        self._file = Lines(directory / "metrics.jsonl")
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -44,7 +42,7 @@ class MetricsLog:
             self._events = SummaryWriter(str(directory / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.write({"step": step, "time": round(time.time(), 3), **values})
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -55,12 +53,36 @@ class MetricsLog:
             self._events.close()
 
 
-def _drop_partial_line(path: Path) -> None:
-    """Cuts off a last line without an end, which a kill may leave, so that the next line does not join it."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+class Lines:
+    """A file of lines, open to append whole ones.
+
+    A last line without an end, which a kill may leave, is cut off, so that the next one does not join it. A line that cannot
+    be written is lost, and the first one said so on stderr: training goes on to where a checkpoint fails for the same reason.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            content = path.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(path, content.rfind(b"\n") + 1)
+        self._path, self._file, self._lost = path, path.open("ab", buffering=0), False
+
+    def write(self, values: dict[str, Any]) -> None:
+        line, end = json.dumps(values).encode() + b"\n", self._file.tell()
+        try:
+            if self._file.write(line) == len(line):
+                return
+            reason = "the disk took a part of it only"
+        except OSError as error:
+            reason = error.strerror
+        os.truncate(self._path, end)
+        if not self._lost:
+            print(f"warning: a line of {self._path} is lost: {reason}", file=sys.stderr)
+        self._lost = True
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

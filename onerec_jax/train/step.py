@@ -19,6 +19,7 @@ from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import gather, this_step, update_tables
 from onerec_jax.parallel.mesh import on_mesh
 from onerec_jax.parallel.sharding import batch_sharding
+from onerec_jax.train.divergence import counted, where_finite
 from onerec_jax.train.item_loss import item_loss
 from onerec_jax.train.loss import next_token_loss
 from onerec_jax.train.metrics import Metrics, mean
@@ -94,7 +95,8 @@ def make_train_step(
 
     The trie of the semantic IDs is that of `prefixes.training_trie`.
 
-    The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches.
+    The gradient is that of sum(weight * loss) / sum(weight) over the whole batch, whatever the number of micro-batches. A
+    step whose loss or gradient is not finite changes nothing but its number, and is counted as `skipped`.
     """
     train = recipe.train
     loss = make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight, train.code_targets)
@@ -125,8 +127,10 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, metrics, routed), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(train.accumulation), parts))
         grads = jax.tree.map(lambda g: g / (jnp.sum(batch.target_weight) + 1e-20), grads)
+        norm = optax.global_norm(grads[0])
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         updates, optimizer_state = optimizer.update(grads[0], state.optimizer, state.params)
-        metrics["gradient_norm"] = mean(optax.global_norm(grads[0]))
+        metrics["gradient_norm"] = mean(norm)
         metrics["update_norm"] = mean(optax.global_norm(updates))
         metrics["learning_rate"] = mean(rate(state.step))
         metrics["targets"] = mean(jnp.sum(batch.target_weight > 0))
@@ -135,15 +139,16 @@ def make_train_step(
         bias = {
             name: rebalance(b, routed[name].load, balance) if name in routed else b for name, b in state.bias.items()
         }
-        tables, of_tables = update_tables(state.tables, touched, grads[1], train.table_rate, model.config.tables, now)
+        of_rows = where_finite(finite, grads[1], jax.tree.map(jnp.zeros_like, grads[1]))
+        tables, of_tables = update_tables(state.tables, touched, of_rows, train.table_rate, model.config.tables, now)
         new = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
+            params=where_finite(finite, optax.apply_updates(state.params, updates), state.params),
+            optimizer=where_finite(finite, optimizer_state, state.optimizer),
             tables=tables,
-            bias=bias,
+            bias=where_finite(finite, bias, state.bias),
         )
-        return new, metrics | of_tables
+        return new, counted(finite, metrics | of_tables)
 
     return step
 

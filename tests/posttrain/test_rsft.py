@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import ALONE, tiny_values
 
-from onerec_jax.config import Recipe
+from onerec_jax.config import Recipe, TrainConfig
 from onerec_jax.errors import InputError
 from onerec_jax.generate.load import load_recommender
 from onerec_jax.parallel.mesh import make_mesh
@@ -72,7 +72,7 @@ def _pre_trained(recipe: Recipe) -> TrainState:
     """A run whose checkpoint holds parameters that the recipe's own seed does not give."""
     model, optimizer = load_inputs(recipe)[2], make_optimizer(recipe.train)
     state = create_state(model, optimizer, recipe.seed + 1, make_mesh(recipe.mesh))
-    checkpoints = Checkpoints(recipe.run_directory, 1)
+    checkpoints = Checkpoints(recipe.run_directory, TrainConfig(keep=1))
     checkpoints.save(6, state, {"step": 6}, recipe)
     checkpoints.close()
     write_config(recipe.run_directory, recipe)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, tiny_values
 
-from onerec_jax.config import Recipe
+from onerec_jax.config import Recipe, TrainConfig
 from onerec_jax.data.schema import Vocabulary
 from onerec_jax.errors import InputError
 from onerec_jax.model.onerec import build
@@ -45,7 +48,7 @@ def _random_state(abstract: TrainState, seed: int) -> TrainState:
 
 
 def _save(recipe: Recipe, states: dict[int, TrainState], keep: int = 1) -> Path:
-    checkpoints = Checkpoints(recipe.run_directory, keep)
+    checkpoints = Checkpoints(recipe.run_directory, TrainConfig(keep=keep))
     for step, state in states.items():
         checkpoints.save(step, state, {"step": 10 * step}, recipe)
     checkpoints.close()
@@ -110,7 +113,7 @@ def test_a_step_saved_again_replaces_the_one_before(tmp_path: Path, abstract: Tr
 def test_saving_does_not_hold_the_state_so_that_it_can_be_donated(tmp_path: Path, abstract: TrainState, states):
     recipe = _recipe(tmp_path)
     state = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf), leaf.sharding), states[1])
-    checkpoints = Checkpoints(recipe.run_directory, 1)
+    checkpoints = Checkpoints(recipe.run_directory, TrainConfig(keep=1))
     checkpoints.save(1, state, {"step": 1}, recipe)
     for leaf in jax.tree.leaves(state):
         leaf.delete()
@@ -189,7 +192,7 @@ def test_a_half_written_checkpoint_is_ignored_and_the_next_writer_clears_it_away
     assert same_bits(reader.restore(abstract, recipe)[0], states[1])
     reader.close()
     assert half.exists(), "it may be what a running writer is at"
-    writer = Checkpoints(run, keep=2)
+    writer = Checkpoints(run, TrainConfig(keep=2))
     writer.save(2, states[2], {"step": 2}, recipe)
     writer.close()
     assert not half.exists()
@@ -200,7 +203,7 @@ def test_a_half_written_checkpoint_is_ignored_and_the_next_writer_clears_it_away
 def test_only_half_of_the_first_checkpoint_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     assert not has_checkpoint(tmp_path)
-    assert Checkpoints(tmp_path, keep=1).steps() == []
+    assert Checkpoints(tmp_path, TrainConfig(keep=1)).steps() == []
 
 
 def test_a_run_is_found_by_name_or_folder_with_or_without_a_step(tmp_path: Path):
@@ -219,3 +222,84 @@ def test_a_run_is_found_by_name_or_folder_with_or_without_a_step(tmp_path: Path)
         parse_run("second", runs)
     with pytest.raises(InputError, match=r"no run 'second'.*none yet"):
         parse_run("second", str(tmp_path / "nowhere"))
+
+
+def _files(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, recipe: Recipe, run: Path) -> Callable[[], Path]:
+    """A fresh copy of the run with checkpoints 2 and 3, as often as it is asked for."""
+
+    def copy() -> Path:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        return Path(shutil.copytree(run, tmp_path / "copy"))
+
+    return copy
+
+
+def test_whatever_file_of_the_newest_checkpoint_is_cut_the_one_before_is_used_and_one_warning_names_it(
+    saved: Callable[[], Path], recipe: Recipe, abstract: TrainState, states
+):
+    names = [file.relative_to(saved()) for file in _files(saved() / "checkpoints" / "3")]
+    assert len(names) > 5
+    for name in names:
+        copy, said = saved(), []
+        file = copy / name
+        size = file.stat().st_size
+        os.truncate(file, size - 1)
+        writer = Checkpoints(copy, TrainConfig(keep=2), said.append)
+        assert writer.steps() == [2]
+        writer.close()
+        (warning,) = said
+        assert f"checkpoint 3 is damaged: {file} has {size - 1:,} of {size:,} bytes" in warning
+        assert (copy / "checkpoints_damaged" / "3").is_dir()
+    writer = Checkpoints(copy, TrainConfig(keep=2))
+    assert same_bits(writer.restore(abstract, recipe)[0], states[2])
+    writer.save(3, states[3], {"step": 30}, recipe)
+    writer.close()
+    assert same_bits(Checkpoints(copy).restore(abstract, recipe)[0], states[3])
+
+
+def test_a_bit_that_flipped_and_a_file_that_is_gone_are_damage_too(saved: Callable[[], Path]):
+    for harm in (_flip, Path.unlink):
+        copy, said = saved(), []
+        harm(max(_files(copy / "checkpoints" / "3"), key=lambda path: path.stat().st_size))
+        writer = Checkpoints(copy, TrainConfig(keep=2), said.append)
+        assert writer.steps() == [2] and len(said) == 1
+        writer.close()
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_reader_goes_past_a_damaged_checkpoint_and_leaves_it_where_it_is(
+    saved: Callable[[], Path], recipe: Recipe, abstract: TrainState, states
+):
+    copy, said = saved(), []
+    _flip(max(_files(copy / "checkpoints" / "3"), key=lambda path: path.stat().st_size))
+    reader = Checkpoints(copy, report=said.append)
+    assert same_bits(reader.restore(abstract, recipe)[0], states[2])
+    assert len(said) == 1 and "checkpoint 3 is damaged" in said[0]
+    with pytest.raises(InputError, match=r"no whole checkpoint of step 3: .* does not hold what was written"):
+        reader.restore(abstract, recipe, 3)
+    assert (copy / "checkpoints" / "3").is_dir()
+    _flip(max(_files(copy / "checkpoints" / "2"), key=lambda path: path.stat().st_size))
+    with pytest.raises(InputError, match=r"no whole checkpoint of step 3, 2"):
+        Checkpoints(copy, report=said.append).restore(abstract, recipe)
+
+
+def test_the_last_ones_every_so_many_steps_and_the_best_are_kept(tmp_path: Path, abstract: TrainState, states):
+    recipe = _recipe(tmp_path, keep=1, keep_every=4, keep_best=1, eval_every=1)
+    checkpoints = Checkpoints(recipe.run_directory, recipe.train)
+    for step, loss in zip(range(1, 8), (5.0, 3.0, 4.0, 4.0, 2.5, 3.5, 3.6), strict=True):
+        checkpoints.save(step, states[1], {"step": step}, recipe, validation=loss)
+    checkpoints.close()
+    assert Checkpoints(recipe.run_directory).steps() == [4, 5, 7]
+    records = recipe.run_directory / "checkpoints_written"
+    Checkpoints(recipe.run_directory, recipe.train).close()
+    assert sorted(path.stem for path in records.iterdir()) == ["4", "5", "7"]

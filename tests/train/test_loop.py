@@ -27,8 +27,9 @@ from onerec_jax.train.state import TrainState, abstract_state
 
 LEARNING = {
     "loss", "loss/level1", "accuracy/level1", "gradient_norm", "update_norm", "learning_rate", "targets",
-    "experts/decoder_max_over_mean", "experts/decoder_entropy", "experts/decoder_dropped",
+    "experts/decoder_max_over_mean", "experts/decoder_entropy", "experts/decoder_dropped", "skipped",
 }  # fmt: skip
+SKIPPED = {"skipped"}
 SPEED = {"examples_per_s", "target_tokens_per_s", "targets_per_context", "gflops", "data_wait", "step_ms"}
 
 
@@ -87,7 +88,7 @@ def test_a_run_directory_has_the_recipe_every_logged_step_and_the_last_checkpoin
     assert head.startswith(f"# digest {recipe.digest()}, revision ")
     assert "\n".join(body) == recipe.to_yaml().rstrip("\n")
     lines = read_metrics(run)
-    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert [line["step"] for line in lines] == [3, 4, 6, 7]  # a line before every checkpoint
     for line in lines:
         assert line.keys() == {"step", "time"} | LEARNING | SPEED
         assert all(np.isfinite(value) for value in line.values())
@@ -95,7 +96,7 @@ def test_a_run_directory_has_the_recipe_every_logged_step_and_the_last_checkpoin
         assert line["targets_per_context"] <= recipe.data.targets
     assert Checkpoints(run).steps() == [4, 7]
     assert list((run / "tensorboard").glob("events.*"))
-    assert [line.split()[1] for line in said] == ["3/7", "6/7", "7/7"]
+    assert [line.split()[1] for line in said] == ["3/7", "4/7", "6/7", "7/7"]
 
 
 def test_a_log_line_weighs_each_of_its_steps_by_the_weights_of_its_targets(made: Callable[..., Recipe]):
@@ -274,7 +275,7 @@ def test_the_time_in_the_loader_is_the_data_wait_of_the_line(
     def slow_step(step, abstract, mesh):
         def run(state, batch, trie):
             clock.now += 1.0
-            return state, {"loss": (1.0, 1.0)}
+            return state, {"loss": (1.0, 1.0), "skipped": (0.0, 1.0)}
 
         return run
 
