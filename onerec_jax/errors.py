@@ -26,6 +26,10 @@ class InputError(ValueError):
     code = ExitCode.INPUT
 
 
+class DamagedError(InputError):
+    """A record of a dataset is not what was written."""
+
+
 class StoppedError(RuntimeError):
     """A run ended itself, for the reason that the sentence gives; what it wrote before is whole."""
 

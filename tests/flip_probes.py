@@ -30,7 +30,7 @@ from onerec_jax.data.schema import Tables
 from onerec_jax.data.sources import load_tables
 from onerec_jax.data.store import Dataset
 from onerec_jax.data.train_log import train_log
-from onerec_jax.errors import InputError, StoppedError
+from onerec_jax.errors import DamagedError, InputError, StoppedError
 from onerec_jax.evaluate import stages
 from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.evaluate.floors import fit_floor
@@ -328,6 +328,27 @@ def diverging(recipe: Recipe, world: World) -> Any:
     with contextlib.suppress(StoppedError):
         pretrain(recipe, said.append)
     return [line.partition("  ")[0] for line in said]
+
+
+def damaged_records(recipe: Recipe, world: World) -> Any:
+    """Whether a batch can be made where one history cannot be read."""
+    first = world.dataset.examples("train")[0, 0]
+    histories = Dataset.histories
+
+    def damaged(dataset, users):
+        if first in np.asarray(users):
+            raise DamagedError("damaged")
+        return histories(dataset, users)
+
+    world.monkeypatch.setattr(Dataset, "histories", damaged)
+    pipeline = Pipeline(world.dataset, world.ids.codes, recipe)
+    made = []
+    for step in range(20):
+        try:
+            made.append(digest(pipeline.batch_at(step)))
+        except DamagedError:
+            made.append("damaged")
+    return made
 
 
 def promotion(recipe: Recipe, world: World) -> Any:

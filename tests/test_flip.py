@@ -238,6 +238,7 @@ FLIPS: dict[str, Flip] = {
     "faults.hang_least_s": Flip(1000.0, probe.patience),
     "faults.spike_factor": Flip(9.0, probe.diverging, LEAPING),
     "faults.rollbacks": Flip(1, probe.diverging, LEAPING),
+    "faults.bad_records": Flip(0.5, probe.damaged_records),
     "faults.metrics_port": Flip(9464, probe.served, SHORT_RUN),
     "evaluate.split": Flip("valid", probe.board, BOARD),
     "evaluate.ks": Flip([3], probe.board, BOARD),

@@ -20,6 +20,12 @@ class FaultsConfig(Section):
     rollbacks: int = setting(
         3, "times that a run goes back to its last checkpoint, past the data that it diverged on, before it stops", ge=0
     )
+    bad_records: float = setting(
+        0.0,
+        "share of the users whose histories may be damaged: they are skipped and counted; more of them end the run",
+        ge=0,
+        lt=1,
+    )
     metrics_port: int = setting(
         0,
         "serve the latest log line and the seconds by kind as Prometheus text on this loopback port, 0 = do not",

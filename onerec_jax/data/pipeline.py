@@ -13,6 +13,7 @@ With `train.kept_share` only the requests, or there the targets, of the longest 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from onerec_jax.data.batch import TargetWeights, make_batch, make_masked_batch, 
 from onerec_jax.data.schema import Batch, ItemFeatures
 from onerec_jax.data.selection import least_playtime, longest_watched
 from onerec_jax.data.store import Dataset
-from onerec_jax.errors import InputError
+from onerec_jax.errors import DamagedError, InputError
 
 __all__ = ["Pipeline", "make_batch"]
 
@@ -88,7 +89,8 @@ class Pipeline:
         )
         rows = recipe.train.batch_size // process_count
         self._grain = grain
-        self._load = _Load(dataset, codes, recipe, split, examples, order, process_index * rows, rows, least)
+        damaged = Damaged(dataset, recipe.faults.bad_records)
+        self._load = _Load(dataset, codes, recipe, split, examples, order, process_index * rows, rows, least, damaged)
         self._train = recipe.train
         self._step = 0
         self._iterator: Any = None
@@ -178,12 +180,26 @@ class _Load:
     first: int
     rows: int
     least_playtime_s: np.ndarray | None  # float64 [U], what a masked target must have been played, None = nothing
+    damaged: Damaged
 
     def __call__(self, step: int) -> dict[str, Any]:
-        recipe = self.recipe
         numbers, length = self.order(step)
+        chosen = self.examples[numbers[self.first : self.first + self.rows]]
+        lost = self.damaged.among(chosen[:, 0])
+        while True:
+            if lost.any():  # their places are taken by a request that can be read, and weigh nothing
+                chosen[lost] = chosen[np.argmin(lost)]
+            try:
+                batch = self._batch(step, chosen, length)
+            except DamagedError as error:
+                lost |= self.damaged.found(chosen[:, 0], str(error))
+            else:
+                batch.target_weight[lost] = 0
+                return _as_arrays(batch)
+
+    def _batch(self, step: int, chosen: np.ndarray, length: int) -> Batch:
+        recipe, train = self.recipe, self.recipe.train
         mine = slice(self.first, self.first + self.rows)
-        chosen, train = self.examples[numbers[mine]], recipe.train
         model = recipe.model.model_copy(update={"short_length": length})
         weights = TargetWeights(train.negative_weight, train.half_life_at(step))
         given = self.dataset, self.codes, model
@@ -193,11 +209,49 @@ class _Load:
             users = chosen[:, 0]
             least = None if self.least_playtime_s is None else self.least_playtime_s[users]
             targets = recipe.data.targets
-            batch = make_masked_batch(*given, users, targets, train.masked_share, random, weights, least)
-        else:
-            frozen = self.split != "train" and self.dataset.frozen
-            batch = make_batch(*given, chosen, recipe.data.targets, weights, frozen=frozen)
-        return _as_arrays(batch)
+            return make_masked_batch(*given, users, targets, train.masked_share, random, weights, least)
+        frozen = self.split != "train" and self.dataset.frozen
+        return make_batch(*given, chosen, recipe.data.targets, weights, frozen=frozen)
+
+
+class Damaged:
+    """The users whose histories cannot be read; `faults.bad_records` says how many there may be."""
+
+    def __init__(self, dataset: Dataset, share: float):
+        self._dataset, self._share = dataset, share
+        self._users: set[int] = set()
+
+    def among(self, users_B: np.ndarray) -> np.ndarray:
+        """Which of these are known to be damaged, bool [B]."""
+        return np.array([user in self._users for user in users_B.tolist()])
+
+    def found(self, users_B: np.ndarray, reason: str) -> np.ndarray:
+        """Which of these are damaged, bool [B], now that one is, for this reason.
+
+        Raises:
+            DamagedError: more than may be, or all of these.
+        """
+        lost = np.array([not self._readable(user) for user in users_B.tolist()])
+        new = set(users_B[lost].tolist()) - self._users
+        self._users |= new
+        limit = self._share * self._dataset.num_users
+        if len(self._users) > limit or lost.all() or not lost.any():
+            more = (
+                f"; {len(self._users)} histories are damaged, faults.bad_records allows {int(limit)}"
+                if self._share
+                else ""
+            )
+            raise DamagedError(reason + more)
+        for user in sorted(new):
+            print(f"warning: {reason}: user row {user} is skipped, {len(self._users)} so far", file=sys.stderr)
+        return lost
+
+    def _readable(self, user: int) -> bool:
+        try:
+            self._dataset.history(user)
+        except DamagedError:
+            return False
+        return True
 
 
 def _as_arrays(batch: Batch) -> dict[str, Any]:

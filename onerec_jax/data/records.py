@@ -170,6 +170,8 @@ def open_records(path: Path) -> ArrayRecordReader:
     Raises:
         OSError: no such file, or not an ArrayRecord file.
     """
+    if not path.is_file():  # the reader tells when it first reads
+        raise FileNotFoundError(f"{path.name} is missing")
     try:
         return ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
     except (RuntimeError, ValueError) as error:

@@ -16,7 +16,7 @@ from onerec_jax.data.prepare import CARD, settings_of, shard_name
 from onerec_jax.data.records import History, decode, open_records
 from onerec_jax.data.schema import SCHEMA_VERSION, Vocabulary
 from onerec_jax.data.split import SPLITS
-from onerec_jax.errors import InputError
+from onerec_jax.errors import DamagedError, InputError
 
 
 class Dataset:
@@ -127,7 +127,7 @@ class Dataset:
         """Histories of several users.
 
         Raises:
-            InputError: a record is damaged.
+            DamagedError: a record is damaged.
         """
         rows = np.asarray(user_rows, np.int64)
         shards = np.searchsorted(self._shard_bounds, rows, side="right") - 1
@@ -139,7 +139,7 @@ class Dataset:
                 histories.append(decode(self._readers[shard].read(position, position + 1)[0]))
             except (RuntimeError, ValueError, IndexError) as error:
                 name = shard_name(shard, len(self._readers))
-                raise InputError(
+                raise DamagedError(
                     f"{self.directory / name} is damaged ({error}); make it anew with `onerec data RECIPE`"
                 ) from error
         return histories
