@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,10 @@ from tiny import COMPILED, tiny_model, tiny_values
 
 from onerec_jax.data.prepare import prepare
 from onerec_jax.data.store import Dataset
+from onerec_jax.errors import ExitCode
 from onerec_jax.recipe import make_recipe
 from onerec_jax.tokenizer.semantic_ids import fit_and_save
+from onerec_jax.train.goodput import goodput
 from onerec_jax.train.metrics import read_metrics
 
 STEPS, SAVED_AT = 6, 3
@@ -25,8 +30,8 @@ WORKER = Path(__file__).with_name("worker.py")
 SECONDS = 300
 
 
-def _train(recipe: Path, name: str, processes: int, *settings: str) -> list[dict[str, float]]:
-    """The metrics of a run on eight devices, shared out among the processes."""
+def _start(recipe: Path, name: str, processes: int, *settings: str) -> list[subprocess.Popen[str]]:
+    """The processes of a run on eight devices, which they share."""
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     environment = {**os.environ, **compiled, "PYTHONPATH": os.pathsep.join(sys.path)}
     coordinator = f"127.0.0.1:{portpicker.pick_unused_port()}"
@@ -44,6 +49,12 @@ def _train(recipe: Path, name: str, processes: int, *settings: str) -> list[dict
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip
+    return started
+
+
+def _train(recipe: Path, name: str, processes: int, *settings: str) -> list[dict[str, float]]:
+    """The metrics of a run on eight devices, shared out among the processes."""
+    started = _start(recipe, name, processes, *settings)
     try:
         outputs = [process.communicate(timeout=SECONDS)[0] for process in started]
     finally:
@@ -106,3 +117,25 @@ def test_a_run_of_two_processes_goes_on_with_the_same_data_on(processes: int, re
     name = f"restarted_{processes}"
     shutil.copytree(runs / "two", runs / name, ignore=shutil.ignore_patterns("metrics.jsonl", str(STEPS)))
     _same(_train(recipe, name, processes), [line for line in alone if line["step"] > SAVED_AT])
+
+
+def test_a_sigterm_to_one_of_two_processes_saves_the_same_step_in_both_and_both_leave(recipe: Path):
+    name, runs, steps = "asked_to_leave", recipe.parent / "runs", ("train.steps=60", "train.checkpoint_every=50")
+    started = _start(recipe, name, 2, *steps)
+    lines = runs / name / "metrics.jsonl"
+    try:
+        while not lines.exists() or lines.read_text().count("\n") < 2:
+            assert all(process.poll() is None for process in started), started[0].communicate()[0][-3000:]
+            time.sleep(0.02)
+        started[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [ExitCode.PREEMPTED] * 2, outputs[0][-3000:]
+    (saved,) = {int(re.findall(r"asked to leave after step (\d+)", output)[0]) for output in outputs}
+    assert 2 <= saved < 60
+    assert [path.name for path in (runs / name / "checkpoints").iterdir()] == [str(saved)]
+    assert [line["step"] for line in _train(recipe, name, 2, *steps)] == [*range(1, 61)]
+    spent, starts = goodput(runs / name)
+    assert starts == 2 and spent["step"] > 0
