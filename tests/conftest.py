@@ -46,7 +46,7 @@ SLOW = (
     "test_tables_on_devices.py",
     "test_reinforcement.py",
     "test_step.py",
-    "test_resume.py",
+    "test_kills.py",
     "test_docs.py",
     "test_sample.py",
     "test_onerec.py",

@@ -143,6 +143,7 @@ class Attention(nnx.Module):
         k = self._split(self.key(x_BxNxD))
         return (k if self.key_norm is None else self.key_norm(k)), self._split(self.value(x_BxNxD))
 
+    @jax.named_scope("attention")
     def __call__(self, x_BxQxD: Array, keys: Array, values: Array, mask: Array | None) -> Array:
         q = self._split(self.query(x_BxQxD))
         q = q if self.query_norm is None else self.query_norm(q)

@@ -83,6 +83,7 @@ class Decoder(nnx.Module):
         unused = jnp.zeros((self.stack.size, 1))
         return self.stack(context.tokens, per_block, unused, None)[2]
 
+    @jax.named_scope("decoder")
     def decode(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_GxE, key=None):
         """Runs the stack on embedded levels; returns normed hidden states, what was routed, and the grown cache."""
 
@@ -114,6 +115,7 @@ class Decoder(nnx.Module):
         """What BOS of each target carries [B,T,D], see `embed_level`."""
         return context.last_seen(visible_BxT) if self.config.causal else None
 
+    @jax.named_scope("decoder")
     def __call__(self, context: Context, targets_BxTxC, visible_BxT, valid_BxT, bias_GxE, key: Array | None):
         """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and what was routed, stacked [G]."""
         dtype = context.tokens.dtype

@@ -85,6 +85,7 @@ class Encoder(nnx.Module):
         self.stack = Stack(make_block, config, config.encoder_layers, moe, rngs)
         self.norm = RMSNorm(d)
 
+    @jax.named_scope("encoder")
     def __call__(
         self, batch: Batch, rows: dict[str, Array], codes: CodeEmbedding | None, bias_GxE: Array, key: Array | None
     ) -> tuple[Context, Routed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -32,6 +33,7 @@ class ItemHead(nnx.Module):
         self.memory_in = Embedding(vocabulary.items, width, rngs) if width else None
         self.memory_out = Embedding(vocabulary.items, width, rngs) if width else None
 
+    @jax.named_scope("item_head")
     def states(self, context: Context, item_BxL: Array, visible_BxT: Array) -> Array:
         """What each target is predicted from [B,T,D+M].
 

@@ -50,6 +50,7 @@ class ItemEncoder(nnx.Module):
         chosen = {name: size for name, size in sizes.items() if name in self.features}
         self.feature = nnx.Dict({name: Embedding(size, config.feature_dim, rngs) for name, size in chosen.items()})
 
+    @jax.named_scope("pathways")
     def __call__(
         self, events: ItemFeatures, rows: dict[str, Array], codes: CodeEmbedding | None, dtype: jnp.dtype
     ) -> Array:
@@ -86,6 +87,7 @@ class QFormer(nnx.Module):
         self.ffn_norm = nnx.List([RMSNorm(d) for _ in range(layers)])
         self.ffn = nnx.List([FeedForward(d, config.ffn_hidden, rngs) for _ in range(layers)])
 
+    @jax.named_scope("pathways")
     def __call__(self, events_BxLxD: Array, valid_BxL: Array) -> Array:
         v = by_batch(self.input_norm(events_BxLxD))
         h = jnp.broadcast_to(self.queries[...].astype(v.dtype), (v.shape[0], *self.queries.shape))
@@ -108,6 +110,7 @@ class StaticPathway(nnx.Module):
         width = config.static_dim * (int(config.user_id) + len(self.features))
         self.mlp = PathwayMLP(max(1, width), config.pathway_hidden or 2 * config.d_model, config.d_model, rngs)
 
+    @jax.named_scope("pathways")
     def __call__(self, user_Bx1F: Array, rows: dict[str, Array], dtype: jnp.dtype) -> Array:
         parts = [lookup(rows["user"], user_Bx1F[:, 0], dtype)] if self.user_id else []
         parts += [table(user_Bx1F[:, 1 + i], dtype) for i, table in enumerate(self.features)]

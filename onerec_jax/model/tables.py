@@ -152,6 +152,7 @@ def _of_table(now: Now | None, tables: dict[str, Table], name: str) -> Now | Non
     return now and now._replace(key=jax.random.fold_in(now.key, sorted(tables).index(name)))
 
 
+@jax.named_scope("tables")
 def gather(
     tables: dict[str, Table],
     touched: dict[str, Array | None],
@@ -183,6 +184,7 @@ def lookup(rows: Array, ids: Array, dtype: jnp.dtype) -> Array:
     return jnp.take(rows.astype(dtype), ids, axis=0) if rows.ndim == 2 else lookup_in_shards(rows, ids, dtype)
 
 
+@jax.named_scope("tables")
 def update_tables(
     tables: dict[str, Table],
     touched: dict[str, Array | None],

@@ -129,7 +129,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / (jnp.sum(batch.target_weight) + 1e-20), grads)
         norm = optax.global_norm(grads[0])
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
-        updates, optimizer_state = optimizer.update(grads[0], state.optimizer, state.params)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(grads[0], state.optimizer, state.params)
         metrics["gradient_norm"] = mean(norm)
         metrics["update_norm"] = mean(optax.global_norm(updates))
         metrics["learning_rate"] = mean(rate(state.step))

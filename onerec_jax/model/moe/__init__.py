@@ -33,6 +33,7 @@ class MoE(nnx.Module):
         width = config.shared * config.hidden
         self.shared = SharedExperts(d_model, width, rngs, scale=scale) if config.shared else None
 
+    @jax.named_scope("moe")
     def __call__(self, x: Array, bias_E: Array, valid: Array) -> tuple[Array, Routed]:
         """x [B,...,D] and valid [B,...] -> y [B,...,D], of routed experts zero where not valid, and what was routed.
 
