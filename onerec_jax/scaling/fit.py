@@ -71,7 +71,13 @@ class Fit:
     def interval(self, quantity: Quantity) -> Interval:
         """Value and 95 % interval of a function of the constants."""
         with np.errstate(all="ignore"):
-            return bias_corrected(float(quantity(self.theta_P[None])[0]), quantity(self.resampled_SP))
+            return bias_corrected(float(quantity(self.theta_P[None])[0]), quantity(self.resampled_SP), self._width)
+
+    @property
+    def _width(self) -> float:
+        """Resampled least squares are too narrow by the constants that the residuals paid for; a Huber loss this small is not."""
+        spare = len(self.runs) - self.law.size
+        return float(np.sqrt(len(self.runs) / spare)) if self.law.objective == "squares" else 1.0
 
     def constants(self) -> dict[str, Interval]:
         """By name; E and A on their own scale. A given asymptote is none of them."""
@@ -233,11 +239,11 @@ def optimal_log_params(law: Law, theta_SP: np.ndarray, product: float) -> np.nda
     return log_g + _share(law, theta_SP) * np.log(product)
 
 
-def bias_corrected(value: float, resampled_S: np.ndarray) -> Interval:
+def bias_corrected(value: float, resampled_S: np.ndarray, width: float = 1.0) -> Interval:
     """The value and its 95 % interval: the percentiles of its resamples, moved by how far their median is from it.
 
-    With z0 the normal quantile of the share of resamples below the value, those at Phi(2 z0 - 1.96) and Phi(2 z0 + 1.96).
-    Resamples in which it does not exist (NaN) are left out.
+    With z0 the normal quantile of the share of resamples below the value, those at Phi(2 z0 - 1.96 width) and
+    Phi(2 z0 + 1.96 width). Resamples in which it does not exist (NaN) are left out.
     """
     resampled_S = resampled_S[np.isfinite(resampled_S)]
     if not len(resampled_S):
@@ -245,7 +251,7 @@ def bias_corrected(value: float, resampled_S: np.ndarray) -> Interval:
     # Half of those that equal the value count as below it; never all or none, of which there is no quantile.
     below = np.mean(resampled_S < value) + 0.5 * np.mean(resampled_S == value)
     bias = norm.ppf(np.clip(below, 0.5 / len(resampled_S), 1 - 0.5 / len(resampled_S)))
-    low, high = np.quantile(resampled_S, norm.cdf(2 * bias + norm.ppf([0.025, 0.975])), method="inverted_cdf")
+    low, high = np.quantile(resampled_S, norm.cdf(2 * bias + width * norm.ppf([0.025, 0.975])), method="inverted_cdf")
     return Interval(value, float(low), float(high))
 
 
