@@ -88,8 +88,11 @@ class Fit:
         return found
 
     def leave_one_out(self) -> dict[str, tuple[float, float]]:
-        """Least and greatest value of every constant over the fits that leave out one run."""
-        return {name: (float(v.min()), float(v.max())) for name, v in self.law.constants(self.without_RP).items()}
+        """Least and greatest value of every constant, and of a and b, over the fits that leave out one run."""
+        found = self.law.constants(self.without_RP)
+        if len(self.law.variables) == 2:
+            found |= {"a": _share(self.law, self.without_RP), "b": 1 - _share(self.law, self.without_RP)}
+        return {name: (float(values.min()), float(values.max())) for name, values in found.items()}
 
     def predict(self, **sizes: float) -> Interval:
         """The metric at `params=.., tokens=..`, or whatever the law's variables are."""

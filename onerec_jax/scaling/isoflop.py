@@ -78,15 +78,13 @@ class IsoFlop:
             found.append(_exp(_interval(middle_S + slope_S * (np.log(flops) - self.log_flops_K.mean()))))
         return Point(flops, *found)
 
-    def leave_one_out(self) -> tuple[float, float] | None:
-        """Least and greatest a over the fits that leave out one budget; None of two budgets."""
+    def leave_one_out(self, tokens: bool = False) -> tuple[float, float] | None:
+        """Least and greatest a (or b, of `tokens`) over the fits that leave out one budget; None of two budgets."""
+        log_SK = self._both()[int(tokens)][:1]
         budgets = np.arange(len(self.curves))
         if len(budgets) < 3:
             return None
-        found = [
-            _line(self.log_flops_K[budgets != left], self.minima.log_params_SK[:1, budgets != left])[0][0]
-            for left in budgets
-        ]
+        found = [_line(self.log_flops_K[budgets != left], log_SK[:, budgets != left])[0][0] for left in budgets]
         return float(min(found)), float(max(found))
 
     def held_out(self) -> float | None:

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from onerec_jax.errors import InputError
-from onerec_jax.scaling.runs import Runs
+from onerec_jax.scaling.runs import SIZES, Runs
 
 DELTA = 1e-3
 Objective = Literal["huber_log", "squares"]
@@ -34,7 +34,7 @@ class Law:
     """What is fitted, of which variables (`params`, `tokens`, `flops`), and by which objective.
 
     Raises:
-        InputError: an objective there is not, or an asymptote that is no number >= 0 (> 0 for a rising law).
+        InputError: a variable or an objective there is not, or an asymptote that is no number >= 0 (> 0 for a rising law).
     """
 
     variables: tuple[str, ...]
@@ -43,6 +43,11 @@ class Law:
     rising: bool = False
 
     def __post_init__(self) -> None:
+        unknown = [name for name in self.variables if name not in SIZES]
+        if unknown or not 1 <= len(self.variables) <= 2:
+            raise InputError(
+                f"a law is of one or two of {', '.join(SIZES)}, not of '{', '.join(unknown or self.variables)}'"
+            )
         if self.objective not in get_args(Objective):
             raise InputError(f"objective must be one of {', '.join(get_args(Objective))}, not '{self.objective}'")
         least = "above 0" if self.rising else "0 or more"

@@ -1,7 +1,7 @@
 """Families of models at fixed shape ratios, and what a compute budget buys of each of them.
 
     base = load_recipe("onerec_0.121b")
-    for candidate in candidates(1e20, family(base, "both", [0.25, 0.5, 1, 2])):
+    for candidate in candidates(1e18, family(base, "both", [0.25, 0.5, 1, 2])):
         print(candidate.member.size.active, candidate.targets, candidate.point)
 
 N is counted three ways, because no two reports count alike: `active`, what one token uses of the matrices; `total`, all experts of

@@ -39,7 +39,7 @@ from onerec_jax.recipe import CONFIGS
 
 Point = dict[str, Any]  # key.path -> a value that JSON can hold
 
-READABLE = 60  # most characters of a name before its digest
+READABLE = 120  # most characters of a name before its digest
 
 
 def param(key: str, values: Iterable[Any]) -> list[Point]:

@@ -99,7 +99,7 @@ def test_a_name_is_of_the_point_alone_and_no_other_point_has_it():
     assert len(set(names)) == len(points)
     assert names[0] == name_of(dict(reversed(points[0].items())))
     assert names[0].startswith("d_model-128_seed-1_learning_rate-0.001_")
-    assert name_of(VALUES) == name_of(dict(VALUES)) and len(name_of(VALUES)) <= 69
+    assert name_of(VALUES) == name_of(dict(VALUES)) and len(name_of(VALUES)) <= 129
     for name in [*names, name_of(VALUES), name_of({})]:
         assert load_recipe("quickstart", [f"name={name}"]).name == name
 
