@@ -299,6 +299,35 @@ def board(
     say(f"board: {folder / 'board.html'}")
 
 
+@app.command()
+def fit(
+    table: Annotated[str, typer.Argument(help="runs: params, tokens or flops, and a metric of each", metavar="CSV")],
+    kind: Annotated[str, typer.Option(help="parametric: of params and tokens; power: of one; isoflop")] = "parametric",
+    metric: Annotated[str, typer.Option(help="the column that is fitted")] = "loss",
+    by: Annotated[str | None, typer.Option(help="kind power: params, tokens or flops")] = None,
+    objective: Annotated[str | None, typer.Option(help="huber_log, the default, or squares")] = None,
+    asymptote: Annotated[float | None, typer.Option(help="E where it is known, 0 = none; by default fitted")] = None,
+    rising: Annotated[bool, typer.Option(help="the metric rises with size, as Recall@k does")] = False,
+    budget: Annotated[list[float] | None, typer.Option(help="FLOPs to find the best params and tokens for")] = None,
+    factor: Annotated[
+        float | None, typer.Option(help="FLOPs per parameter and token, 6 unless CSV has all three")
+    ] = None,
+    resamples: Annotated[int, typer.Option(help="of the runs, for the intervals")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the resamples", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, not rounded, instead of tables")] = False,
+) -> None:
+    """Fit a scaling law to a table of runs: constants with intervals, how far they hang on one run, the best sizes."""
+    from onerec_jax.scaling.report import fit_runs, tables, to_json
+    from onerec_jax.scaling.runs import read_runs
+
+    runs = read_runs(table, metric, factor)
+    found = fit_runs(runs, kind, by, objective, asymptote, rising, budget or [], resamples, seed)
+    if as_json:
+        print(to_json(found))
+    else:
+        say(tables(found))
+
+
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
