@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onerec_jax.errors import InputError, StoppedError
+from onerec_jax.errors import ExitCode, InputError, StoppedError
 from onerec_jax.recipe import load_recipe
 
 app = typer.Typer(
@@ -302,10 +302,10 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"onerec: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(ExitCode.INPUT) from None
     except StoppedError as error:
         print(f"onerec: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
+        raise SystemExit(ExitCode.STOPPED) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,20 @@
-"""The exceptions that are no bugs: wrong input, and a run that ends itself."""
+"""The exceptions that are no bugs, and what the exit code of a process says to the launcher that may start it again."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a process ended. After INPUT and STOPPED it would end the same way again, after any other it may go on.
+
+    A signal, or BUG where another process was lost, is what the death of a machine looks like to those that remain.
+    """
+
+    BUG = 1
+    INPUT = 2
+    STOPPED = 3  # the run ended itself: it diverged, or recall fell
+    STORAGE = 4  # data or checkpoints could not be read or written
+    HANG = 5
+    PREEMPTED = 6  # told to end, and has saved
 
 
 class InputError(ValueError):
