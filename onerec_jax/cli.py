@@ -328,6 +328,31 @@ def fit(
         say(tables(found))
 
 
+@app.command()
+def launch(
+    recipe: Annotated[
+        str, typer.Argument(help="a recipe of configs/ by name, or a YAML file; with --verb board a board")
+    ],
+    on: Annotated[str, typer.Option(help="local, slurm or gke")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="settings of the recipe, and those of the cluster as cluster.KEY=VALUE", metavar="[KEY=VALUE]..."
+        ),
+    ] = None,
+    verb: Annotated[
+        str, typer.Option(help="what runs: pretrain, rsft, reward, rl, run, board or evaluate")
+    ] = "pretrain",
+    cluster: Annotated[str, typer.Option(help="YAML file of settings of the cluster")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be submitted, and do nothing")] = False,
+) -> None:
+    """Start a job: processes of this machine that train as one, a Slurm job, or a JobSet on GKE."""
+    from onerec_jax.launch.launch import launch as start
+
+    code = start(recipe, overrides or [], on=on, verb=verb, cluster=cluster, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 

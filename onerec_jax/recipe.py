@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
@@ -21,6 +21,7 @@ from onerec_jax.config import Recipe, Section
 from onerec_jax.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+S = TypeVar("S", bound=Section)
 
 
 def recipe_path(name: str) -> Path:
@@ -83,9 +84,9 @@ def _drop_other_kinds(base: Any, node: Any) -> None:
             del inner(base, path[:-1])[path[-1]]
 
 
-def _setting_at(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:
+def _setting_at(location: tuple[Any, ...], root: type[Section]) -> tuple[str, type[BaseModel] | None]:
     """Dotted name of the setting that a validation error is about, and the section it ends in, if it ends in one."""
-    section: type[BaseModel] | None = Recipe
+    section: type[BaseModel] | None = root
     kinds: dict[str, type[Section]] = {}
     names = []
     for part in location:
@@ -100,12 +101,12 @@ def _setting_at(location: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]
     return ".".join(names), section
 
 
-def _explain(error: ValidationError, origin: str) -> InputError:
+def _explain(error: ValidationError, origin: str, root: type[Section] = Recipe) -> InputError:
     lines = []
     for item in error.errors():
-        name, _ = _setting_at(item["loc"])
+        name, _ = _setting_at(item["loc"], root)
         if item["type"] == "extra_forbidden":
-            known = sorted((_setting_at(item["loc"][:-1])[1] or Recipe).model_fields)
+            known = sorted((_setting_at(item["loc"][:-1], root)[1] or root).model_fields)
             close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f", did you mean '{close[0]}'?" if close else f", known here: {', '.join(known)}"
             lines.append(f"unknown setting '{name}'{hint}")
@@ -143,15 +144,8 @@ def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
         raise _explain(error, origin) from None
 
 
-def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe by name or path, merges `base`, then `key.path=value` overrides, and checks the whole.
-
-    Raises:
-        InputError: no such recipe, bad YAML, or any setting out of place; all settings' problems in one message.
-    """
-    path = recipe_path(name)
-    node = _read(path)
-    node.setdefault("name", path.stem)
+def _override(node: Any, overrides: list[str] | tuple[str, ...], what: str) -> None:
+    """Merges `key.path=value` overrides into `node`, which is of `what`."""
     # Kinds first, so that what an override says of the new kind stays, wherever it stands.
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].strip().endswith(".kind")):
         key, equals, value = override.partition("=")
@@ -163,10 +157,43 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
             _drop_other_kinds(node, change)
             OmegaConf.update(node, key.strip(), new, merge=True)
         except (YAMLError, OmegaConfBaseException, TypeError, AttributeError, LookupError, ValueError) as error:
-            raise InputError(f"override '{override}' does not fit the recipe: {' '.join(str(error).split())}") from None
+            raise InputError(f"override '{override}' does not fit {what}: {' '.join(str(error).split())}") from None
+
+
+def _plain(node: Any, origin: str) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{origin}: {' '.join(str(error).split())}") from None
     assert isinstance(values, dict)
-    return make_recipe({str(k): v for k, v in values.items()}, str(path))
+    return {str(k): v for k, v in values.items()}
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe by name or path, merges `base`, then `key.path=value` overrides, and checks the whole.
+
+    Raises:
+        InputError: no such recipe, bad YAML, or any setting out of place; all settings' problems in one message.
+    """
+    path = recipe_path(name)
+    node = _read(path)
+    node.setdefault("name", path.stem)
+    _override(node, overrides, "the recipe")
+    return make_recipe(_plain(node, str(path)), str(path))
+
+
+def load_section(section: type[S], name: str, path: str = "", overrides: list[str] | tuple[str, ...] = ()) -> S:
+    """Settings that are no recipe's: those of a YAML file, where one is given, then `name.key=value` overrides.
+
+    Raises:
+        InputError: no such file, bad YAML, or any setting out of place; all settings' problems in one message.
+    """
+    if path and not Path(path).is_file():
+        raise InputError(f"no file '{path}' of {name} settings")
+    node = OmegaConf.create({name: _read(Path(path)) if path else {}})
+    _override(node, overrides, f"the settings of {name}")
+    origin, root = path or name, create_model(name, __base__=Section, **{name: (section, ...)})  # type: ignore[call-overload]
+    try:
+        return getattr(root.model_validate(_plain(node, origin)), name)
+    except ValidationError as error:
+        raise _explain(error, origin, root) from None

@@ -40,6 +40,7 @@ def tiny_recipe(tiny_folder: Path) -> Recipe:
 
 # Files that take longest, longest first: two workers that take whole files in this order end together.
 SLOW = (
+    "test_slurm.py",
     "test_processes.py",
     "test_moe_on_devices.py",
     "test_training_with_spread_tables.py",

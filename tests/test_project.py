@@ -23,6 +23,7 @@ ROAD = (
     "reward",
     "posttrain",
     "evaluate",
+    "launch",
     "scaling",
     "export",
     "cli",

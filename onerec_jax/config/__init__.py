@@ -15,6 +15,7 @@ from onerec_jax.config.data import (
 from onerec_jax.config.evaluate import EvaluateConfig
 from onerec_jax.config.experiment import Recipe, digest_of
 from onerec_jax.config.faults import FaultsConfig
+from onerec_jax.config.launch import ClusterConfig, GkeCluster, LocalCluster, SlurmCluster
 from onerec_jax.config.model import ModelConfig, MoEConfig, TablesConfig
 from onerec_jax.config.posttrain import RewardConfig, RLConfig, RSFTConfig, ShareCap
 from onerec_jax.config.section import Section, setting
@@ -36,13 +37,16 @@ __all__ = [
     "RQVAE",
     "AlignmentConfig",
     "AmazonSource",
+    "ClusterConfig",
     "DataConfig",
     "DistributedConfig",
     "EvaluateConfig",
     "FaultsConfig",
     "FiniteScalarQuantizer",
+    "GkeCluster",
     "Hierarchical",
     "KuaiRandSource",
+    "LocalCluster",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
@@ -59,6 +63,7 @@ __all__ = [
     "SequentialIds",
     "ShareCap",
     "SimulatorSource",
+    "SlurmCluster",
     "Source",
     "SplitConfig",
     "TablesConfig",

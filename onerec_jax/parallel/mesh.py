@@ -12,13 +12,33 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from onerec_jax.config import MeshConfig
 from onerec_jax.errors import InputError
 from onerec_jax.parallel.sharding import LAYOUT
 
 AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`, of so many devices in all.
+
+    Raises:
+        InputError: the product of the axes is not the number of devices, or `data` does not divide among the slices.
+    """
+    sizes = [config.data, config.fsdp, config.expert, config.tensor]
+    if config.data == -1:
+        sizes[0] = max(1, devices // math.prod(sizes[1:]))
+    if math.prod(sizes) != devices:
+        wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise InputError(
+            f"mesh {wanted} needs {math.prod(sizes)} devices but {devices} are there; "
+            "make the product of the mesh axes equal to the device count"
+        )
+    if sizes[0] % config.slices:
+        raise InputError(f"mesh.data {sizes[0]} must be a multiple of mesh.slices {config.slices}")
+    return tuple(sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -30,21 +50,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         InputError: the product of the axes is not the number of devices, or `data` does not divide among the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.expert, config.tensor]
-    fixed = math.prod(sizes[1:])
-    if config.data == -1:
-        sizes[0] = max(1, len(devices) // fixed)
-    if math.prod(sizes) != len(devices):
-        wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise InputError(
-            f"mesh {wanted} needs {math.prod(sizes)} devices but {len(devices)} are there; "
-            "make the product of the mesh axes equal to the device count"
-        )
+    sizes = mesh_sizes(config, len(devices))
     types = (AxisType.Auto,) * len(AXES)
     if config.slices == 1:
-        return Mesh(_placed(tuple(sizes), devices), AXES, axis_types=types)
-    if sizes[0] % config.slices:
-        raise InputError(f"mesh.data {sizes[0]} must be a multiple of mesh.slices {config.slices}")
+        return Mesh(_placed(sizes, devices), AXES, axis_types=types)
     within, between = (sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1, 1)
     slices = {getattr(device, "slice_index", None) for device in devices}
     processes = {device.process_index for device in devices}
@@ -112,12 +121,12 @@ def share_of_process(mesh: Mesh) -> tuple[int, int]:
     return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
 
 
-def data_parallel(mesh: Mesh) -> int:
+def data_parallel(mesh: Mesh | AbstractMesh) -> int:
     """Over how many ways the batch is split."""
     return math.prod(mesh.shape[axis] for axis in LAYOUT["batch"])
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulation: int) -> None:
     """Raises InputError unless every micro-batch divides over the data axes."""
     ways = data_parallel(mesh)
     if (batch_size // accumulation) % ways:

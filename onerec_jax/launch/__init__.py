@@ -1,0 +1,1 @@
+"""Training jobs on this machine, under Slurm and on GKE."""
