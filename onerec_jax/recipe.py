@@ -24,15 +24,19 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 S = TypeVar("S", bound=Section)
 
 
-def recipe_path(name: str) -> Path:
-    """The file of a recipe given by name (in `configs/`) or by path."""
-    for candidate in (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / name):
+def config_path(name: str, kind: str = "recipe", folder: Path = CONFIGS) -> Path:
+    """The file of a recipe, board or sweep given by name (in `folder`) or by path.
+
+    Raises:
+        InputError: there is none.
+    """
+    for candidate in (Path(name), folder / f"{name}.yaml", folder / name):
         if candidate.is_file():
             return candidate
-    known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.glob("*.yaml"))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else f"; known recipes: {', '.join(known)}"
-    raise InputError(f"no recipe '{name}': neither a file nor in {CONFIGS}{hint}")
+    hint = f"; did you mean '{close[0]}'?" if close else f"; known {kind}s: {', '.join(known)}"
+    raise InputError(f"no {kind} '{name}': neither a file nor in {folder}{hint}")
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
@@ -48,7 +52,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     if base is None:
         return node
     sibling = path.parent / f"{base}.yaml"
-    parent = _read(sibling if sibling.is_file() else recipe_path(str(base)), (*seen, path.resolve()))
+    parent = _read(sibling if sibling.is_file() else config_path(str(base)), (*seen, path.resolve()))
     _drop_other_kinds(parent, node)
     return OmegaConf.merge(parent, node)
 
@@ -175,7 +179,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     Raises:
         InputError: no such recipe, bad YAML, or any setting out of place; all settings' problems in one message.
     """
-    path = recipe_path(name)
+    path = config_path(name)
     node = _read(path)
     node.setdefault("name", path.stem)
     _override(node, overrides, "the recipe")

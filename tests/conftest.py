@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is nearly all of the time of these tests; what is compiled runs once.
@@ -13,6 +15,7 @@ import jax
 import pytest
 from tiny import COMPILED, tiny_values
 
+from onerec_jax import cli
 from onerec_jax.config import Recipe
 from onerec_jax.recipe import make_recipe
 
@@ -36,6 +39,30 @@ def tiny_recipe(tiny_folder: Path) -> Recipe:
     prepare(recipe)
     fit_semantic_ids(Dataset(recipe.dataset_directory), recipe.tokenizer, recipe.seed).save(recipe.tokenizer_directory)
     return recipe
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def onerec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs the `onerec` command in an empty working folder, with the output of C++ libraries captured too."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["onerec", *words])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Answer(code, *capfd.readouterr())
+
+    return run
 
 
 # Files that take longest, longest first: two workers that take whole files in this order end together.

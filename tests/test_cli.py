@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,34 +15,9 @@ import pytest
 import yaml
 from stand_ins import instant_training
 
-from onerec_jax import cli
 from onerec_jax.config import Recipe
 from onerec_jax.data import prepare
 from onerec_jax.recipe import load_recipe
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def onerec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Runs the command in an empty working folder, with the output of C++ libraries captured too."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["onerec", *words])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return Answer(code, *capfd.readouterr())
-
-    return run
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from onerec_jax.cli import app
-from onerec_jax.recipe import load_recipe, recipe_path
+from onerec_jax.recipe import config_path, load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -106,7 +106,7 @@ def test_every_file_that_a_page_links_to_exists():
 
 def test_every_recipe_starts_with_a_comment_that_says_what_it_is():
     for path in (ROOT / "configs").glob("*.yaml"):
-        assert recipe_path(path.stem) == path
+        assert config_path(path.stem) == path
         assert path.read_text().startswith("# ")
 
 

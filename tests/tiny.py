@@ -12,6 +12,7 @@ from onerec_jax.data.schema import LABELS, Batch, ItemFeatures, Vocabulary
 from onerec_jax.model.prefixes import DeviceTrie, training_trie
 from onerec_jax.tokenizer.trie import Trie
 
+TIMED = {"time", "examples_per_s", "target_tokens_per_s", "gflops", "data_wait", "step_ms", "mfu"}  # of a log line
 COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "jax"  # what XLA compiled, kept from run to run
 VOCABULARY = Vocabulary(
     users=50, items=100, authors=20, tags=7, user_features=(3, 4), labels=LABELS, codebook_sizes=(16, 16, 16)
@@ -146,3 +147,8 @@ def tiny_values(folder: Path) -> dict:
         },
         "evaluate": {"beam_width": 8, "batch_size": 16, "max_examples": 20, "free_examples": 4, "ks": [5, 10]},
     }  # fmt: skip
+
+
+def untimed(line: dict[str, float]) -> dict[str, float]:
+    """What of a log line must not depend on the machine's speed."""
+    return {name: value for name, value in line.items() if name not in TIMED}

@@ -28,7 +28,7 @@ from onerec_jax.evaluate.evaluation import evaluate_floors
 from onerec_jax.evaluate.jobs import Job, Report, run_jobs
 from onerec_jax.evaluate.record import Record
 from onerec_jax.evaluate.stages import relevant, runs_of, split_stage
-from onerec_jax.recipe import CONFIGS, load_recipe
+from onerec_jax.recipe import CONFIGS, config_path, load_recipe
 from onerec_jax.train.metrics import read_metrics
 
 
@@ -52,23 +52,13 @@ class Board(Section):
         return rows
 
 
-def board_path(name: str) -> Path:
-    """The file of a board given by name (in `configs/boards/`) or by path."""
-    folder = CONFIGS / "boards"
-    for candidate in (Path(name), folder / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise InputError(f"no board '{name}': neither a file nor in {folder}; known boards: {known}")
-
-
 def load_board(name: str) -> Board:
     """Reads and checks a board.
 
     Raises:
         InputError: no such board, bad YAML, or a field out of place.
     """
-    path = board_path(name)
+    path = config_path(name, "board", CONFIGS / "boards")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Board.model_validate({"name": path.stem, **values})

@@ -22,7 +22,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.evaluate.jackknife import Interval
 from onerec_jax.scaling.law import Law, Objective, Problem, make_problem, starts
 from onerec_jax.scaling.minimise import minimise, polish, total_loss
-from onerec_jax.scaling.runs import Runs
+from onerec_jax.scaling.runs import Runs, check_budget
 
 KEPT_STARTS = 400  # of the grid, those with the least loss, that are followed to their minima
 Quantity = Callable[[np.ndarray], np.ndarray]  # constants theta [S,P] -> [S]
@@ -84,7 +84,7 @@ class Fit:
         found = {}
         for i, name in enumerate(self.law.names):
             interval = self.interval(lambda theta_SP, i=i: theta_SP[:, i])
-            found[name] = interval if name in ("alpha", "beta") else _exp(interval)
+            found[name] = interval if name in ("alpha", "beta") else exp_interval(interval)
         return found
 
     def leave_one_out(self) -> dict[str, tuple[float, float]]:
@@ -114,8 +114,7 @@ class Fit:
             InputError: a law of one variable or that does not fall with both, or a budget that is no positive number.
         """
         self._check_optimum()
-        if not (np.isfinite(flops) and flops > 0):
-            raise InputError(f"a budget must be a positive number of FLOPs, not {flops}")
+        check_budget(flops)
         product = flops / self.runs.factor
 
         def log_params(theta_SP: np.ndarray) -> np.ndarray:
@@ -127,8 +126,8 @@ class Fit:
 
         return Optimum(
             flops,
-            _exp(self.interval(log_params)),
-            _exp(self.interval(lambda theta: np.log(product) - log_params(theta))),
+            exp_interval(self.interval(log_params)),
+            exp_interval(self.interval(lambda theta: np.log(product) - log_params(theta))),
             self.interval(loss),
         )
 
@@ -258,6 +257,7 @@ def bias_corrected(value: float, resampled_S: np.ndarray, width: float = 1.0) ->
     return Interval(value, float(low), float(high))
 
 
-def _exp(interval: Interval) -> Interval:
+def exp_interval(interval: Interval) -> Interval:
+    """Of the logarithm of a quantity, that of the quantity."""
     with np.errstate(over="ignore"):
         return Interval(*(float(np.exp(value)) for value in interval))

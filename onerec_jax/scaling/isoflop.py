@@ -18,7 +18,8 @@ from scipy.stats import t as student
 
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.jackknife import Interval
-from onerec_jax.scaling.runs import Runs
+from onerec_jax.scaling.fit import exp_interval
+from onerec_jax.scaling.runs import Runs, check_budget
 
 TINY = 1e-300
 TOLERANCE = 0.05  # runs whose FLOPs differ by no more are of one budget
@@ -70,12 +71,11 @@ class IsoFlop:
         Raises:
             InputError: a budget that is no positive number.
         """
-        if not (np.isfinite(flops) and flops > 0):
-            raise InputError(f"a budget must be a positive number of FLOPs, not {flops}")
+        check_budget(flops)
         found = []
         for log_SK in self._both():
             slope_S, middle_S = self._line(log_SK)
-            found.append(_exp(_interval(middle_S + slope_S * (np.log(flops) - self.log_flops_K.mean()))))
+            found.append(exp_interval(_interval(middle_S + slope_S * (np.log(flops) - self.log_flops_K.mean()))))
         return Point(flops, *found)
 
     def leave_one_out(self, tokens: bool = False) -> tuple[float, float] | None:
@@ -139,8 +139,8 @@ def fit_isoflop(
     log_flops_K = np.array([np.log(part.size("flops")).mean() for part in parts])
     curves = tuple(
         Curve(
-            float(np.exp(log_flops_K[k])), len(part), _exp(_interval(found.log_params_SK[:, k])),
-            _exp(_interval(found.log_tokens_SK[:, k])), _interval(found.metric_SK[:, k]),
+            float(np.exp(log_flops_K[k])), len(part), exp_interval(_interval(found.log_params_SK[:, k])),
+            exp_interval(_interval(found.log_tokens_SK[:, k])), _interval(found.metric_SK[:, k]),
         )
         for k, part in enumerate(parts)
     )  # fmt: skip
@@ -237,7 +237,3 @@ def _interval(values_S: np.ndarray) -> Interval:
         return Interval(float(values_S[0]), np.nan, np.nan)
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Interval(float(values_S[0]), float(low), float(high))
-
-
-def _exp(interval: Interval) -> Interval:
-    return Interval(*(float(np.exp(value)) for value in interval))

@@ -21,6 +21,7 @@ from onerec_jax.data.schema import Vocabulary
 from onerec_jax.errors import InputError
 from onerec_jax.model.onerec import build, count_parameters, planned_vocabulary
 from onerec_jax.recipe import make_recipe
+from onerec_jax.scaling.runs import check_budget
 from onerec_jax.scaling.sweep import Point
 from onerec_jax.train.flops import request_flops
 
@@ -194,8 +195,7 @@ def candidates(
         InputError: a budget that is too small for every member.
     """
     members, found = list(members), []
-    if not 0 < budget < float("inf"):
-        raise InputError(f"a budget must be a positive number of FLOPs, not {budget}")
+    check_budget(budget)
     for member in members:
         train = member.recipe.train
         size = batch(budget / member.flops * member.targets) if batch else train.batch_size

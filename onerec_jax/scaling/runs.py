@@ -50,6 +50,12 @@ class Runs:
         return dataclasses.replace(self, sizes=sizes, metric=self.metric[chosen])
 
 
+def check_budget(flops: float) -> None:
+    """Raises InputError unless a compute budget is a positive number."""
+    if not (np.isfinite(flops) and flops > 0):
+        raise InputError(f"a budget must be a positive number of FLOPs, not {flops}")
+
+
 def make_runs(
     columns: Mapping[str, Any], metric: str = "loss", factor: float | None = None, origin: str = "runs"
 ) -> Runs:

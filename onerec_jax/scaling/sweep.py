@@ -27,7 +27,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +34,7 @@ import yaml
 
 from onerec_jax.config import digest_of
 from onerec_jax.errors import InputError
-from onerec_jax.recipe import CONFIGS
+from onerec_jax.recipe import CONFIGS, config_path
 
 Point = dict[str, Any]  # key.path -> a value that JSON can hold
 
@@ -162,7 +161,7 @@ def load_sweep(name: str) -> Sweep:
     Raises:
         InputError: no such sweep, bad YAML, an unknown combinator, or what a combinator refuses.
     """
-    path = _path(name)
+    path = config_path(name, "sweep", CONFIGS / "sweeps")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -173,15 +172,6 @@ def load_sweep(name: str) -> Sweep:
         return Sweep(values["recipe"], points_of(values["sweep"]))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _path(name: str) -> Path:
-    folder = CONFIGS / "sweeps"
-    for candidate in (Path(name), folder / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise InputError(f"no sweep '{name}': neither a file nor in {folder}; known sweeps: {known}")
 
 
 SEVERAL = {"prod": prod, "zip": zipped, "chain": chain}

@@ -201,7 +201,9 @@ def test_a_file_that_is_no_board_is_refused(tmp_path, text, message):
 
 
 def test_an_unknown_board_names_the_known_ones():
-    with pytest.raises(InputError, match=r"no board 'beauty_typo'.*simulator"):
+    with pytest.raises(InputError, match=r"no board 'zzz'.*known boards: .*simulator"):
+        load_board("zzz")
+    with pytest.raises(InputError, match=r"no board 'beauty_typo'.*did you mean 'beauty'"):
         load_board("beauty_typo")
 
 

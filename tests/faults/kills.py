@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
-from tiny import COMPILED, tiny_values  # noqa: E402
+from tiny import COMPILED, tiny_values, untimed  # noqa: E402
 
 from onerec_jax.config import Recipe  # noqa: E402
 from onerec_jax.data.prepare import prepare  # noqa: E402
@@ -41,8 +41,6 @@ from onerec_jax.train.metrics import read_metrics  # noqa: E402
 from onerec_jax.train.optimizer import make_optimizer  # noqa: E402
 from onerec_jax.train.state import abstract_state  # noqa: E402
 
-# of every line, what must not depend on the machine's speed
-TIMED = {"time", "examples_per_s", "target_tokens_per_s", "gflops", "data_wait", "step_ms", "mfu"}
 KINDS = ("while starting", "while writing a checkpoint", "between steps")
 EVERY = 4  # steps between checkpoints
 PER_KILL = 6  # steps that the run comes nearer to its end with each kill
@@ -72,7 +70,7 @@ def lines_of(run: Path) -> list[dict[str, float]]:
     """Every whole line logged so far, repeated steps included, without what is timed."""
     path = run / "metrics.jsonl"
     text = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in text]
+    return [untimed(json.loads(line)) for line in text]
 
 
 def complete(run: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from slurm_cluster import Cluster, Unavailable, wait_for
-from tiny import COMPILED, tiny_model, tiny_values
+from tiny import COMPILED, tiny_model, tiny_values, untimed
 
 from onerec_jax import cli
 from onerec_jax.config import SlurmCluster
@@ -21,8 +21,6 @@ from onerec_jax.tokenizer.semantic_ids import fit_and_save
 from onerec_jax.train.metrics import read_metrics
 
 STEPS, SAVED_EVERY, KILLED_AFTER = 40, 10, 15
-# of every line, what must not depend on the machine's speed
-TIMED = {"time", "examples_per_s", "target_tokens_per_s", "gflops", "data_wait", "step_ms", "mfu"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def launch(slurm: Cluster, recipe: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def values(run: Path) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(run)]
+    return [untimed(line) for line in read_metrics(run)]
 
 
 def output(folder: Path) -> str:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from stand_ins import instant_reinforcement, instant_reward_training, linear_model
-from tiny import tiny_values
+from tiny import tiny_values, untimed
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.pipeline import Pipeline
@@ -29,8 +29,6 @@ from onerec_jax.train.goodput import LOST, goodput
 from onerec_jax.train.metrics import read_metrics
 from onerec_jax.train.optimizer import make_optimizer
 from onerec_jax.train.state import TrainState, abstract_state
-
-TIMED = {"time", "examples_per_s", "target_tokens_per_s", "gflops", "data_wait", "step_ms"}
 
 
 @pytest.fixture
@@ -71,7 +69,7 @@ def _state(recipe: Recipe, step: int | None = None) -> TrainState:
 
 
 def _lines(recipe: Recipe) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(recipe.run_directory)]
+    return [untimed(line) for line in read_metrics(recipe.run_directory)]
 
 
 class Poisoned(Pipeline):

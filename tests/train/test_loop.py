@@ -281,7 +281,7 @@ def test_the_time_in_the_loader_is_the_data_wait_of_the_line(
 
     monkeypatch.setattr(loop, "Pipeline", SlowPipeline)
     monkeypatch.setattr(loop, "compile_step", slow_step)
-    lines = read_metrics(loop.pretrain(made(steps=4, log_every=2), _silent))
+    lines = read_metrics(loop.pretrain(made(steps=4, log_every=2, checkpoint_every=4), _silent))
     assert [line["data_wait"] for line in lines] == [0.75, 0.75]
     assert [line["step_ms"] for line in lines] == [4000.0, 4000.0]
 
