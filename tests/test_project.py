@@ -28,7 +28,7 @@ ROAD = (
     "export",
     "cli",
 )
-SHARED = {"config", "recipe", "errors", "parallel"}
+SHARED = {"config", "recipe", "errors", "parallel", "storage"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -19,6 +19,7 @@ from onerec_jax.config.posttrain import RewardConfig, RLConfig, RSFTConfig
 from onerec_jax.config.section import Section, setting
 from onerec_jax.config.tokenizer import TokenizerConfig
 from onerec_jax.config.train import DistributedConfig, MeshConfig, TrainConfig
+from onerec_jax.storage import folder
 
 
 class Recipe(Section):
@@ -26,7 +27,7 @@ class Recipe(Section):
 
     name: str = setting(..., "name of the run and of its folders", pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = setting(0, "seed of everything random", ge=0)
-    runs: str = setting("runs", "folder that holds run directories")
+    runs: str = setting("runs", "folder that holds run directories, also gs://BUCKET/PATH or s3://BUCKET/PATH")
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
@@ -90,7 +91,7 @@ class Recipe(Section):
 
     @property
     def run_directory(self) -> Path:
-        return Path(self.runs) / self.name
+        return folder(self.runs) / self.name
 
     def stage(self, name: str, **sections: Section) -> Recipe:
         """The recipe of a later stage: a run of its own, `NAME-stage`, on the same dataset and semantic IDs."""

@@ -116,7 +116,7 @@ class TrainConfig(Section):
     workers: int = setting(0, "loader processes, 0 = threads of this process", ge=0)
     threads: int = setting(2, "loader threads per process", ge=1)
     prefetch: int = setting(4, "batches prepared ahead", ge=1)
-    tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl")
+    tensorboard: bool = setting(True, "write TensorBoard events beside metrics.jsonl, where runs is on a disk")
     profile_steps: str | None = setting(
         None, "first..last step that an XProf trace is written of, into the run's folder profile, such as 100..105",
         pattern=r"^[1-9][0-9]*\.\.[1-9][0-9]*$",

@@ -194,7 +194,8 @@ class Recommender:
         """
         kept = self.run / FREQUENCIES
         if kept.exists():
-            return np.load(kept, allow_pickle=False)
+            with kept.open("rb") as file:
+                return np.load(file, allow_pickle=False)
         users = self.dataset.num_users
         chosen = np.sort(np.random.default_rng(0).permutation(users)[:SHIFT_USERS])
         ends = np.array([self.dataset.train_stop(user) for user in chosen.tolist()], np.int64)

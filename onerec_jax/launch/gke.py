@@ -18,6 +18,7 @@ from onerec_jax.errors import ExitCode, InputError
 from onerec_jax.launch.job import Job, check_devices, check_processes
 from onerec_jax.launch.submit import require, submit
 from onerec_jax.plan.chips import parse_topology
+from onerec_jax.storage import is_remote
 
 BUCKET, SETTINGS, CACHE = PurePosixPath("/bucket"), PurePosixPath("/etc/onerec"), PurePosixPath("/cache")
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
@@ -236,7 +237,7 @@ def _check_paths(job: Job) -> None:
     """Refuses folders that a pod does not have, before hours of training cannot be saved."""
     recipe = job.recipe
     paths = {
-        "runs": recipe.runs,
+        **({} if is_remote(recipe.runs) else {"runs": recipe.runs}),
         "data.directory": recipe.dataset_directory,
         "tokenizer.directory": recipe.tokenizer_directory,
     }

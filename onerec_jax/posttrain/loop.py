@@ -112,7 +112,8 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
         if recipe.evaluate.label_shift_days:
             before = Recommender(_start_run(recipe), recipe, dataset, ids, model, state).item_frequencies()
             if first:
-                np.save(run / FREQUENCIES, before)
+                with (run / FREQUENCIES).open("wb") as file:
+                    np.save(file, before)
     if first:
         write_config(run, recipe)
 

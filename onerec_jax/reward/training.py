@@ -26,6 +26,7 @@ from onerec_jax.parallel.sharding import batch_sharding, put_batch, shardings
 from onerec_jax.reward.candidates import Catalogue, make_catalogue
 from onerec_jax.reward.pscore import RewardModel, build_reward, make_reward_loss, outcomes
 from onerec_jax.reward.quality import quality
+from onerec_jax.storage import write_text
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, parse_run
 from onerec_jax.train.divergence import counted, stop_if_lost, where_finite
@@ -222,7 +223,7 @@ def measure_reward(run: Path, split: str = "test") -> dict[str, dict[str, float]
         on = fused[rows].astype(float)
         measured[f"p_{name}"] |= {"AUC of p_score": quality(on, y[rows, i].astype(float), user[rows])["AUC"]}
     defined = {n: {k: None if np.isnan(v) else v for k, v in values.items()} for n, values in measured.items()}
-    (run / QUALITY).write_text(json.dumps({"split": split, "labels": defined}, indent=1) + "\n")
+    write_text(run / QUALITY, json.dumps({"split": split, "labels": defined}, indent=1) + "\n")
     return measured
 
 

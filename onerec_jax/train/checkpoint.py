@@ -7,6 +7,7 @@ was written is recorded (`integrity`), and a newest checkpoint that is damaged i
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from onerec_jax.config import Recipe, TrainConfig
 from onerec_jax.errors import InputError, StorageError
 from onerec_jax.parallel.sharding import path_name
 from onerec_jax.recipe import make_recipe
+from onerec_jax.storage import COMMITTED, folder, is_remote, move, reach
 from onerec_jax.train import integrity
 from onerec_jax.train.state import TrainState
 
@@ -30,6 +32,7 @@ POLICY = ("params", "tables", "bias")  # what a forward pass needs of a train st
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+JSON = "json"
 VALIDATION = "valid/loss"  # what the best checkpoints of `train.keep_best` have least of
 
 
@@ -46,7 +49,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, kept: TrainConfig | None = None, report: Callable[[str], object] = print):
-        self.directory = (run / "checkpoints").resolve()
+        reach(run)
+        self.directory = run / "checkpoints" if is_remote(run) else (run / "checkpoints").resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writes, self._report = kept is not None, report
         if self._writes:
@@ -81,7 +85,7 @@ class Checkpoints:
             StorageError: the save before this one failed, or this one could not begin; none that was there is deleted.
         """
         self.wait()
-        parts = {"state": _as_dict(state), "data": position, "recipe": recipe.model_dump(mode="json")}
+        parts = {"state": _as_dict(state), "data": position, "recipe": _as_array(recipe)}
         path = self.directory / str(step)
         again = step in self.steps()
         if again and jax.process_index() == 0:
@@ -137,8 +141,8 @@ class Checkpoints:
 
     def recipe(self, step: int | None = None) -> Recipe:
         """The recipe that wrote a checkpoint."""
-        values = self._checkpointer.load_checkpointables(self._known(step), {"recipe": None})
-        return make_recipe(values["recipe"], str(self.directory))
+        values = self._checkpointer.load_checkpointables(self._known(step), {"recipe": None})["recipe"]
+        return make_recipe(_from_array(values), str(self.directory))
 
     def restore(
         self, abstract: TrainState, recipe: Recipe, step: int | None = None
@@ -268,7 +272,7 @@ def _preserved(kept: TrainConfig) -> Any:
 
 
 def _steps_in(directory: Path) -> list[int]:
-    return [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
+    return [int(path.name) for path in _finished(directory)]
 
 
 def _in_any_process(flag: bool) -> bool:
@@ -276,13 +280,18 @@ def _in_any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
+def _finished(directory: Path) -> list[Path]:
+    """The checkpoints of a folder that are there as a whole, or once were."""
+    numbered = [path for path in directory.glob("*") if path.name.isdigit()]
+    return [path for path in numbered if (path / COMMITTED).exists()] if is_remote(directory) else numbered
+
+
 def _move(path: Path, to: Path) -> None:
-    to.parent.mkdir(exist_ok=True)
     number = 0
     while to.exists():
         number += 1
         to = to.with_name(f"{path.name}_{number}")
-    path.rename(to)
+    move(path, to)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -293,9 +302,18 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("step", "params", "optimizer", "tables", "bias")}
 
 
+def _as_array(recipe: Recipe) -> dict[str, np.ndarray]:
+    """A recipe as the bytes of its JSON: Orbax would write, and ask a bucket for, every setting by itself."""
+    return {JSON: np.frombuffer(recipe.model_dump_json().encode(), np.uint8)}
+
+
+def _from_array(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(np.asarray(values[JSON]).tobytes()) if set(values) == {JSON} else values  # older ones are trees
+
+
 def has_checkpoint(run: Path) -> bool:
     """Whether a run directory holds a whole checkpoint; makes no folder, as opening `Checkpoints` does."""
-    return any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+    return bool(_finished(run / "checkpoints"))
 
 
 def parse_run(reference: str, runs: str) -> tuple[Path, int | None]:
@@ -307,12 +325,14 @@ def parse_run(reference: str, runs: str) -> tuple[Path, int | None]:
     name, at, step = reference.partition("@")
     if at and not step.isdigit():
         raise InputError(f"'{reference}' must be RUN or RUN@STEP with a whole number of steps")
-    for folder in (Path(name), Path(runs) / name):
-        if (folder / "config.yaml").is_file():
-            return folder, int(step) if at else None
-    known = sorted(p.parent.name for p in Path(runs).glob("*/config.yaml")) if Path(runs).is_dir() else []
-    place = f"one of {', '.join(known)} in {runs}/" if known else f"in {runs}/, where there is none yet"
-    raise InputError(f"no run '{name}': neither a run folder nor {place}")
+    place = folder(runs)
+    for run in (folder(name),) if is_remote(name) else (Path(name), place / name):
+        reach(run)
+        if (run / "config.yaml").is_file():
+            return run, int(step) if at else None
+    known = sorted(p.parent.name for p in place.glob("*/config.yaml")) if place.is_dir() else []
+    there = f"one of {', '.join(known)} in {runs}/" if known else f"in {runs}/, where there is none yet"
+    raise InputError(f"no run '{name}': neither a run folder nor {there}")
 
 
 def same_bits(a: Any, b: Any) -> bool:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import zlib
 from pathlib import Path
+from typing import Any
+
+from onerec_jax.storage import is_remote, listing, write_text
 
 _BLOCK = 1 << 22
 _THREADS = 8
 
 
 def record(checkpoint: Path) -> None:
-    """Keeps size and CRC-32 of every file of a finished checkpoint, beside the folder of checkpoints."""
+    """Keeps size and checksum of every file of a finished checkpoint, beside the folder of checkpoints.
+
+    On a disk the checksum is a CRC-32, a number; a bucket has its own, a text, which it lists. Of a run that was copied from
+    the one to the other only the sizes are compared.
+    """
     path = _record_of(checkpoint)
+    if is_remote(checkpoint):
+        write_text(path, json.dumps(listing(checkpoint)))
+        return
     path.parent.mkdir(exist_ok=True)
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -22,9 +31,7 @@ def record(checkpoint: Path) -> None:
     found = {
         str(file.relative_to(checkpoint)): [file.stat().st_size, crc] for file, crc in zip(files, sums, strict=True)
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    os.replace(part, path)
+    write_text(path, json.dumps(found))
 
 
 def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -37,6 +44,8 @@ def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     if not path.is_file():
         return None
     written = json.loads(path.read_text())
+    if is_remote(checkpoint):
+        return _difference(checkpoint, written, listing(checkpoint))
     for name, (size, _) in written.items():
         file = checkpoint / name
         if not file.is_file():
@@ -46,8 +55,19 @@ def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     mine = sorted(written)[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for name, crc in zip(mine, pool.map(lambda name: _checksum(checkpoint / name), mine), strict=True):
-            if crc != written[name][1]:
+            if crc != written[name][1] and isinstance(written[name][1], int):
                 return f"{checkpoint / name} does not hold what was written"
+    return None
+
+
+def _difference(checkpoint: Path, written: dict[str, Any], found: dict[str, tuple[int, str]]) -> str | None:
+    for name, (size, checksum) in written.items():
+        if name not in found:
+            return f"{checkpoint / name} is missing"
+        if found[name][0] != size:
+            return f"{checkpoint / name} has {found[name][0]:,} of {size:,} bytes"
+        if found[name][1] != checksum and isinstance(checksum, str):
+            return f"{checkpoint / name} does not hold what was written"
     return None
 
 

@@ -25,6 +25,7 @@ from onerec_jax.model.table_rows import from_step_zero
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import check_sharded, put_batch
+from onerec_jax.storage import write_text
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
 from onerec_jax.train.divergence import Divergence
@@ -192,7 +193,7 @@ def code_revision() -> str:
 
 def write_config(run: Path, recipe: Recipe) -> None:
     """config.yaml: the resolved recipe under its digest and the git revision of the code."""
-    (run / "config.yaml").write_text(f"# digest {recipe.digest()}, revision {code_revision()}\n{recipe.to_yaml()}")
+    write_text(run / "config.yaml", f"# digest {recipe.digest()}, revision {code_revision()}\n{recipe.to_yaml()}")
 
 
 def _validation(model: Model, dataset: Dataset, ids: SemanticIds, recipe: Recipe, mesh: Mesh, trie: DeviceTrie | None):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from onerec_jax.storage import Growing, is_remote
+
 Metrics = dict[str, tuple[Any, Any]]
 
 
@@ -36,7 +38,7 @@ class MetricsLog:
     def __init__(self, directory: Path, tensorboard: bool):
         self._file = Lines(directory / "metrics.jsonl")
         self._events = None
-        if tensorboard:
+        if tensorboard and not is_remote(directory):
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(directory / "tensorboard"))
@@ -58,9 +60,13 @@ class Lines:
 
     A last line without an end, which a kill may leave, is cut off, so that the next one does not join it. A line that cannot
     be written is lost, and the first one said so on stderr: training goes on to where a checkpoint fails for the same reason.
+    In a bucket lines are written by a thread, and those of an outage once it is over.
     """
 
     def __init__(self, path: Path):
+        self._remote = Growing(path) if is_remote(path) else None
+        if self._remote is not None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             content = path.read_bytes()
@@ -69,7 +75,11 @@ class Lines:
         self._path, self._file, self._lost = path, path.open("ab", buffering=0), False
 
     def write(self, values: dict[str, Any]) -> None:
-        line, end = json.dumps(values).encode() + b"\n", self._file.tell()
+        line = json.dumps(values).encode() + b"\n"
+        if self._remote is not None:
+            self._remote.append(line)
+            return
+        end = self._file.tell()
         try:
             if self._file.write(line) == len(line):
                 return
@@ -82,7 +92,7 @@ class Lines:
         self._lost = True
 
     def close(self) -> None:
-        self._file.close()
+        (self._remote or self._file).close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

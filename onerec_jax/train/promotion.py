@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from onerec_jax.storage import joined, relative, write_text
 
 FILE = "promotion.json"
 
@@ -14,10 +15,8 @@ def write_promotion(
     run: Path, step: int, start: Path, start_step: int | None, promoted: bool, measured: dict[str, Any]
 ) -> None:
     """Says whether `run`, as it is at `step`, is served, or `start`, which it began from; and what that was decided by."""
-    values = {"promoted": promoted, "step": step, "start": os.path.relpath(start, run), "start_step": start_step}
-    part = run / f"{FILE}.part"
-    part.write_text(json.dumps(values | measured, indent=1) + "\n")
-    os.replace(part, run / FILE)
+    values = {"promoted": promoted, "step": step, "start": relative(start, run), "start_step": start_step}
+    write_text(run / FILE, json.dumps(values | measured, indent=1) + "\n")
 
 
 def decided_at(run: Path) -> int | None:
@@ -31,5 +30,5 @@ def served_run(folder: Path, step: int | None) -> tuple[Path, int | None]:
         decided = json.loads((folder / FILE).read_text())
         if decided["promoted"]:
             break
-        folder, step = Path(os.path.normpath(folder / decided["start"])), decided["start_step"]
+        folder, step = joined(folder, decided["start"]), decided["start_step"]
     return folder, step

@@ -6,13 +6,17 @@ It books the seconds, ends a process that hangs, notices that the machine is wan
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from onerec_jax.config import Recipe
 from onerec_jax.errors import PreemptedError, StorageError
+from onerec_jax.storage import is_remote, upload
 from onerec_jax.train.goodput import Books
 from onerec_jax.train.preemption import Preemption
 from onerec_jax.train.served import Served
@@ -29,11 +33,12 @@ class Session:
         self._run, self._profile = recipe.run_directory, recipe.train.profiled
         first = jax.process_index() == 0
         self.books = Books(self._run if first else None)
-        self._watchdog = Watchdog(recipe.faults, self._run / f"stacks-{jax.process_index()}.txt")
+        here = Path(tempfile.gettempdir()) if is_remote(self._run) else self._run
+        self._watchdog = Watchdog(recipe.faults, here / f"stacks-{jax.process_index()}.txt")
         self._preemption = Preemption()
         self._served = Served(recipe.faults.metrics_port) if first and recipe.faults.metrics_port else None
         self._pending: Any = None
-        self._profiling = False
+        self._profiling: Path | None = None
         self._at = 0
 
     def __enter__(self) -> Session:
@@ -41,8 +46,8 @@ class Session:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._profiling:
-            jax.profiler.stop_trace()
+        if self._profiling is not None:
+            self._end_profile()
         self._preemption.__exit__()
         self._watchdog.close()
         self.books.flush(self._at)
@@ -104,10 +109,16 @@ class Session:
         if self._profile is None:
             return
         first, last = self._profile
-        if step == first - 1 and not self._profiling:
-            jax.profiler.start_trace(str(self._run / "profile"))
-            self._profiling = True
-        elif step == last and self._profiling:
+        if step == first - 1 and self._profiling is None:
+            self._profiling = Path(tempfile.mkdtemp()) if is_remote(self._run) else self._run / "profile"
+            jax.profiler.start_trace(str(self._profiling))
+        elif step == last and self._profiling is not None:
             jax.block_until_ready(self._pending)
-            jax.profiler.stop_trace()
-            self._profiling = False
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        jax.profiler.stop_trace()
+        written, self._profiling = self._profiling, None
+        if is_remote(self._run) and written is not None:
+            upload(written, self._run / "profile")
+            shutil.rmtree(written)

@@ -55,15 +55,22 @@ def kill_recipe(folder: Path, kills: int) -> Recipe:
     return make_recipe(values | {"runs": str(folder / "kills")})
 
 
-def start(recipe: Path, name: str, log: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "onerec_jax.cli", "pretrain", str(recipe), f"name={name}"]
+def start(
+    recipe: Path, name: str, log: Path, *words: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """`onerec pretrain` in a process of its own; what it prints is appended to `log`."""
+    known = (
+        os.environ
+        | (environment or {})
+        | {
+            "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "PYTHONPATH": str(ROOT),
+        }
+    )
+    command = [sys.executable, "-m", "onerec_jax.cli", "pretrain", str(recipe), f"name={name}", *words]
     with log.open("ab") as output:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        return subprocess.Popen(command, cwd=ROOT, env=known, stdout=output, stderr=output)
 
 
 def lines_of(run: Path) -> list[dict[str, float]]:
@@ -128,13 +135,14 @@ def killed_run(recipe: Recipe, kills: int, seed: int, folder: Path) -> Counter[s
     for line in lines_of(run):
         assert line == undisturbed[line["step"]], f"step {line['step']} is not what it was"
     assert [line["step"] for line in read_metrics(run)] == list(range(1, steps + 1))
-    states = [_final(recipe.model_copy(update={"name": name})) for name in ("undisturbed", "killed")]
+    states = [final_state(recipe.model_copy(update={"name": name})) for name in ("undisturbed", "killed")]
     assert states[0][1] == states[1][1] == {"step": steps} and int(states[0][0].step) == steps
     assert same_bits(states[0][0], states[1][0]), "the final states differ"
     return counts
 
 
-def _final(recipe: Recipe):
+def final_state(recipe: Recipe):
+    """What a finished run ended with: its train state and its position in the data."""
     _, _, model = load_inputs(recipe)
     checkpoints = Checkpoints(recipe.run_directory)
     abstract = abstract_state(model, make_optimizer(recipe.train), make_mesh(recipe.mesh, jax.devices()[:1]))

@@ -201,7 +201,7 @@ def test_every_chip_has_its_label():
         ),
         ([], {"topology": "v5e:4x4", "slices": 2}, "cluster.slices is 2 but mesh.slices 1"),
         (["runs=/scratch/runs"], {"topology": "v5e:4x4"}, "runs is /scratch/runs: in a pod nothing is kept but"),
-        (["runs=gs://mine/runs"], {"topology": "v5e:4x4"}, "runs is gs://mine/runs: in a pod"),
+        (["data.directory=gs://mine/x"], {"topology": "v5e:4x4"}, "data.directory is gs:/mine/x: in a pod"),
         (["data.directory=/data"], {"topology": "v5e:4x4"}, "data.directory is /data: in a pod"),
         ([], {"topology": "v5e:4x4", "name": "1st"}, "cluster.name '1st' must begin with a letter"),
         (["name=" + "long" * 11], {"topology": "v5e:4x4"}, "have 40 letters at most"),

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,15 +31,15 @@ from onerec_jax.data.schema import Batch, ItemFeatures, Vocabulary  # noqa: E402
 from onerec_jax.errors import InputError  # noqa: E402
 from onerec_jax.model.attention import attention_name  # noqa: E402
 from onerec_jax.model.moe.backends import backend_name  # noqa: E402
-from onerec_jax.model.onerec import build, planned_vocabulary  # noqa: E402
-from onerec_jax.model.prefixes import training_trie  # noqa: E402
+from onerec_jax.model.onerec import Model, build, planned_vocabulary  # noqa: E402
+from onerec_jax.model.prefixes import DeviceTrie, training_trie  # noqa: E402
 from onerec_jax.parallel.mesh import check_batch, make_mesh, use_mesh  # noqa: E402
 from onerec_jax.parallel.sharding import put_batch  # noqa: E402
 from onerec_jax.recipe import load_recipe  # noqa: E402
 from onerec_jax.tokenizer.trie import Trie  # noqa: E402
 from onerec_jax.train.flops import peak_flops, request_flops  # noqa: E402
 from onerec_jax.train.optimizer import make_optimizer  # noqa: E402
-from onerec_jax.train.state import abstract_state, create_state  # noqa: E402
+from onerec_jax.train.state import TrainState, abstract_state, create_state  # noqa: E402
 from onerec_jax.train.step import compile_step, make_train_step  # noqa: E402
 
 HEADING = "## Train steps on accelerators"
@@ -81,8 +83,8 @@ def made_up_batch(recipe: Recipe, vocabulary: Vocabulary, codes: np.ndarray, see
     )
 
 
-def measure(recipe: Recipe, steps: int, profile: str) -> dict[str, object]:
-    """Times the compiled step; the row's values by column, and what else is known."""
+def ready(recipe: Recipe) -> tuple[Mesh, Model, Any, TrainState, list[Any], DeviceTrie | None]:
+    """All that a train step takes, on the device: two batches are enough to go on for ever."""
     mesh, vocabulary = make_mesh(recipe.mesh), planned_vocabulary(recipe)
     check_batch(mesh, recipe.train.batch_size, recipe.train.accumulation)
     model, optimizer = build(recipe.model, vocabulary), make_optimizer(recipe.train)
@@ -94,6 +96,13 @@ def measure(recipe: Recipe, steps: int, profile: str) -> dict[str, object]:
     step = compile_step(make_train_step(model, recipe, optimizer), abstract_state(model, optimizer, mesh), mesh)
     state = create_state(model, optimizer, 0, mesh)
     batches = [put_batch(made_up_batch(recipe, vocabulary, codes, seed), mesh) for seed in range(2)]
+    return mesh, model, step, state, batches, trie
+
+
+def measure(recipe: Recipe, steps: int, profile: str) -> dict[str, object]:
+    """Times the compiled step; the row's values by column, and what else is known."""
+    mesh, model, step, state, batches, trie = ready(recipe)
+    vocabulary = model.vocabulary
     started = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batches[0], trie))
     compiled = time.perf_counter() - started
