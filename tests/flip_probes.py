@@ -24,6 +24,7 @@ import pytest
 from stand_ins import instant_reinforcement, instant_reward_training, instant_training, linear_model
 
 from onerec_jax.config import MeshConfig, Recipe
+from onerec_jax.data.checksums import sealed
 from onerec_jax.data.pipeline import Pipeline, make_batch
 from onerec_jax.data.prepare import prepare, write_dataset
 from onerec_jax.data.schema import Tables
@@ -144,7 +145,7 @@ def semantic_ids_place(recipe: Recipe, world: World) -> Any:
     """Which semantic IDs training reads: those beside the dataset, or others in `elsewhere`."""
     shutil.copytree(world.dataset.directory / "semantic_ids", "elsewhere")
     card = json.loads(Path("elsewhere/card.json").read_text())
-    Path("elsewhere/card.json").write_text(json.dumps(card | {"seed": 99}))
+    Path("elsewhere/card.json").write_text(json.dumps(sealed(card | {"seed": 99})))
     return load_inputs(recipe)[1].origin["seed"]
 
 

@@ -175,6 +175,22 @@ def test_settings_that_do_not_fit_each_other_are_named_with_their_values(overrid
         ("a: [\n", "not valid YAML"),
         ("seed: 1\nseed: 2\n", "duplicate key seed"),
         ("- a\n", "a recipe is a mapping of settings"),
+        ("3\n", "not valid YAML"),
+        ("seed: !!int many\n" + SIMULATED, "not valid YAML: invalid literal"),
+        ("seed: !!bool many\n" + SIMULATED, "not valid YAML"),
+        ("seed: " + "9" * 5_000 + "\n" + SIMULATED, "not valid YAML: "),
+        ("seed: " + "9" * 30 + "\n" + SIMULATED, "a whole number has more than 64 bits"),
+        ("runs: " + "[" * 3_000 + "\n" + SIMULATED, "nested more than 32 deep"),
+        ("runs: ???\n" + SIMULATED, "'???' is no value of a setting"),
+        ('runs: "a\\0b"\n' + SIMULATED, "is no value of a setting"),
+        ("runs: !!binary AAAA\n" + SIMULATED, "is no text, number, list, mapping or null"),
+        ("base: ???\n" + SIMULATED, "'???' is no value of a setting"),
+        ("base: ${name}\n" + SIMULATED, "no recipe '${name}'"),
+        ("base: " + "a" * 300 + "\n" + SIMULATED, "no recipe 'aaa"),
+        ("seed: true\n" + SIMULATED, "'seed' is True: input should be a number"),
+        ("evaluate: {ks: [true]}\n" + SIMULATED, "'evaluate.ks.0' is True: input should be a number"),
+        ("name: ..\n" + SIMULATED, "'name' is '..'"),
+        ('"a\\nb": 3\n' + SIMULATED, "unknown setting 'a b'"),
         ("runs: ${nowhere}\n" + SIMULATED, "'nowhere' not found"),
         ("", "'data' is required"),
         ("data:\n", "'data' is None"),
@@ -189,7 +205,7 @@ def test_settings_that_do_not_fit_each_other_are_named_with_their_values(overrid
 )
 def test_a_file_that_is_no_recipe_is_refused_by_name(write, text: str, said: str):
     message = refusal(write(text))
-    assert "mine.yaml: " in message and said in message
+    assert ("mine.yaml: " in message or said.startswith("no recipe")) and said in message and len(message) < 500
 
 
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path):
@@ -304,9 +320,17 @@ def test_an_override_reaches_nested_settings_and_leaves_their_neighbours():
     assert merged.model.d_model == quickstart.model.d_model
 
 
+def test_a_name_longer_than_a_file_can_have_is_no_recipe():
+    assert "no recipe 'aaa" in refusal("a" * 5_000) and len(refusal("a" * 5_000)) < 500
+
+
+def test_an_override_of_several_lines_is_refused():
+    assert "a value is one line" in refusal("quickstart", ["seed=1\nruns: elsewhere"])
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", " =3", "", "seed 3"])
 def test_an_override_without_a_key_or_an_equals_sign_is_refused(override: str):
-    assert refusal("quickstart", [override]) == f"override '{override}' must have the form key.path=value"
+    assert refusal("quickstart", [override]) == f"override '{override.strip()}' must have the form key.path=value"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from onerec_jax.storage import folder
 class Recipe(Section):
     """One experiment, from log to metrics."""
 
-    name: str = setting(..., "name of the run and of its folders", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = setting(
+        ..., "name of the run and of its folders", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200
+    )
     seed: int = setting(0, "seed of everything random", ge=0)
     runs: str = setting("runs", "folder that holds run directories, also gs://BUCKET/PATH or s3://BUCKET/PATH")
     data: DataConfig

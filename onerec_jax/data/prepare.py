@@ -11,7 +11,6 @@ All that depends on the events of a run of users alone is made by pure functions
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onerec_jax.config import DataConfig, Recipe
+from onerec_jax.data.checksums import checksums, sealed
 from onerec_jax.data.histories import (
     Histories,
     dense_events,
@@ -33,7 +33,7 @@ from onerec_jax.data.histories import (
 )
 from onerec_jax.data.items import ItemArrays, item_arrays, write_items
 from onerec_jax.data.lifelong import compress, hashed_content
-from onerec_jax.data.records import cluster_rows, encode, event_rows, write_records
+from onerec_jax.data.records import cluster_rows, encode, ends, event_rows, open_records, write_records
 from onerec_jax.data.replacing import replacing
 from onerec_jax.data.schema import SCHEMA_VERSION, Tables
 from onerec_jax.data.split import (
@@ -147,8 +147,11 @@ def write_dataset(tables: Tables, data: DataConfig, directory: Path, seed: int, 
         np.save(partial / "user_features.npy", user_features)
         pq.write_table(tables.users, partial / "users.parquet")
         write_items(partial / "items", arrays, tables.items)
-        card["content_hash"] = content_hash(partial)
-        (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        card["files"], card["content_hash"] = checksums(partial)
+        for shard, name in enumerate(shard_name(shard, data.shards) for shard in range(data.shards)):
+            users = int(bounds[shard + 1] - bounds[shard])
+            card["files"][name]["ends"] = ends(open_records(partial / name), users)
+        (partial / CARD).write_text(json.dumps(sealed(card), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return directory
 
 
@@ -216,17 +219,6 @@ def lifelong_rows(events: np.ndarray, vectors: np.ndarray, max_size: int) -> np.
 
 def shard_name(shard: int, shards: int) -> str:
     return f"histories-{shard:05d}-of-{shards:05d}.array_record"
-
-
-def content_hash(directory: Path) -> str:
-    """SHA-256 over the names and bytes of all files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check_replaceable(directory: Path) -> None:

@@ -10,6 +10,7 @@ Lifelong clusters are rows of the same kind.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -176,3 +177,16 @@ def open_records(path: Path) -> ArrayRecordReader:
         return ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
     except (RuntimeError, ValueError) as error:
         raise OSError(f"{error}") from error
+
+
+def ends(reader: ArrayRecordReader, records: int) -> str:
+    """SHA-256 of the first and the last record: what tells a shard from another of its size without reading it all.
+
+    Raises:
+        RuntimeError: one of them cannot be read.
+        ValueError: the file has another number of records.
+    """
+    if reader.num_records() != records:
+        raise ValueError(f"it has {reader.num_records()} records, expected {records}")
+    found = [reader.read(at, at + 1)[0] for at in ((0, records - 1) if records else ())]
+    return hashlib.sha256(b"".join(found)).hexdigest()

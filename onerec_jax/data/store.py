@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onerec_jax.config import DataConfig
+from onerec_jax.data.checksums import check_files, read_card
 from onerec_jax.data.items import read_items
 from onerec_jax.data.prepare import CARD, settings_of, shard_name
-from onerec_jax.data.records import History, decode, open_records
+from onerec_jax.data.records import History, decode, ends, open_records
 from onerec_jax.data.schema import SCHEMA_VERSION, Vocabulary
 from onerec_jax.data.split import SPLITS
 from onerec_jax.errors import DamagedError, InputError
@@ -22,9 +22,14 @@ from onerec_jax.errors import DamagedError, InputError
 class Dataset:
     """A dataset directory that `onerec data` wrote; histories stay on disk and are read at random.
 
-    Threads may share it, and loader processes open it anew by its path.
+    Threads may share it, and loader processes open it anew by its path. What is read on opening is checked against the
+    checksums of the card, which takes a second per gigabyte and core; histories are checked one by one as they are read.
 
     I items, U users, F user features, Y labels.
+
+    Args:
+        directory: where it lives.
+        verify: compare files with their checksums; a loader process leaves that to the process that started it.
 
     Attributes:
         directory: where it lives.
@@ -43,10 +48,15 @@ class Dataset:
         InputError: there is no dataset, or it is damaged or of another schema version.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, verify: bool = True):
         self.directory = Path(directory)
         self.card = _read_card(self.directory)
         try:
+            self._shard_bounds = np.asarray(self.card["shard_bounds"])
+            shards = [shard_name(s, len(self._shard_bounds) - 1) for s in range(len(self._shard_bounds) - 1)]
+            self._files = self.card.get("files", {})
+            if verify:
+                check_files(self.directory, self._files, by_size=shards)
             self.labels = tuple(self.card["labels"])
             self.num_authors = int(self.card["vocabulary"]["authors"])
             self.num_tags = int(self.card["vocabulary"]["tags"])
@@ -54,7 +64,6 @@ class Dataset:
             self.lifelong_refresh = int(self.card["settings"]["lifelong_refresh"])
             split = self.card["settings"]["split"]
             self.frozen = split["kind"] == "time" and split["context"] == "frozen"
-            self._shard_bounds = np.asarray(self.card["shard_bounds"])
             self.items, self.item_ids = read_items(self.directory / "items")
             self.user_ids = pq.read_table(self.directory / "users.parquet", columns=["user_id"])["user_id"].to_numpy()
             self.user_features = np.load(self.directory / "user_features.npy", allow_pickle=False)
@@ -63,8 +72,8 @@ class Dataset:
                 name: np.load(self.directory / f"examples-{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in SPLITS
             }
-            shards = len(self._shard_bounds) - 1
-            self._readers = [open_records(self.directory / shard_name(s, shards)) for s in range(shards)]
+            self._readers = [open_records(self.directory / name) for name in shards]
+            self._unknown = set(range(len(shards)))  # shards that no record was read of yet
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -72,7 +81,7 @@ class Dataset:
             ) from error
 
     def __reduce__(self):
-        return Dataset, (str(self.directory),)
+        return Dataset, (str(self.directory), False)
 
     @property
     def num_users(self) -> int:
@@ -135,6 +144,8 @@ class Dataset:
         histories = []
         for shard, position in zip(shards.tolist(), positions.tolist(), strict=True):
             try:
+                if shard in self._unknown:
+                    self._check_shard(shard)
                 # By range: reading a list of positions takes time in proportion to all records of the file.
                 histories.append(decode(self._readers[shard].read(position, position + 1)[0]))
             except (RuntimeError, ValueError, IndexError) as error:
@@ -143,6 +154,18 @@ class Dataset:
                     f"{self.directory / name} is damaged ({error}); make it anew with `onerec data RECIPE`"
                 ) from error
         return histories
+
+    def _check_shard(self, shard: int) -> None:
+        """Raises ValueError where a shard is whole but another one; a record that is damaged shows when it is asked for."""
+        written = self._files.get(shard_name(shard, len(self._readers)), {}).get("ends")
+        users = int(self._shard_bounds[shard + 1] - self._shard_bounds[shard])
+        try:
+            found = written and ends(self._readers[shard], users)
+        except RuntimeError:
+            found = written
+        if found != written:
+            raise ValueError("it is not the file that card.json tells of")
+        self._unknown.discard(shard)
 
     def vocabulary(self, codebook_sizes: tuple[int, ...]) -> Vocabulary:
         """Every size a model needs to know, with those of the semantic IDs' levels."""
@@ -162,10 +185,11 @@ def _read_card(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{directory} holds no dataset ({CARD} is missing); make it with `onerec data RECIPE`")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_card(path)
         version = card["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged; make the dataset anew with `onerec data RECIPE`") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged ({reason}); make the dataset anew with `onerec data RECIPE`") from None
     if version != SCHEMA_VERSION:
         raise InputError(
             f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "

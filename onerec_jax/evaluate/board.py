@@ -16,8 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError, field_validator
+from pydantic import field_validator
 
 from onerec_jax.config import Recipe, Section, digest_of, setting
 from onerec_jax.data.prepare import prepare
@@ -28,14 +27,16 @@ from onerec_jax.evaluate.evaluation import evaluate_floors
 from onerec_jax.evaluate.jobs import Job, Report, run_jobs
 from onerec_jax.evaluate.record import Record
 from onerec_jax.evaluate.stages import relevant, runs_of, split_stage
-from onerec_jax.recipe import CONFIGS, config_path, load_recipe
+from onerec_jax.recipe import CONFIGS, checked, config_path, load_recipe, read_yaml
 from onerec_jax.train.metrics import read_metrics
 
 
 class Board(Section):
     """What a board compares."""
 
-    name: str = setting(..., "name of the board and of its folder", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = setting(
+        ..., "name of the board and of its folder", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200
+    )
     recipe: str = setting(..., "recipe that all rows start from, by name or path", min_length=1)
     seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of every row", min_length=1)
     rows: dict[str, tuple[str, ...]] = setting(
@@ -59,14 +60,8 @@ def load_board(name: str) -> Board:
         InputError: no such board, bad YAML, or a field out of place.
     """
     path = config_path(name, "board", CONFIGS / "boards")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Board.model_validate({"name": path.stem, **values})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise InputError(f"{path}: not a board: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        problems = "; ".join(f"'{'.'.join(map(str, item['loc']))}': {item['msg']}" for item in error.errors())
-        raise InputError(f"{path}: {problems}") from None
+    values = read_yaml(path, "a board is a mapping of its fields")
+    return checked(Board, {"name": path.stem, **values}, str(path))
 
 
 def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path | None = None) -> list[Job]:
@@ -89,7 +84,10 @@ def jobs(board: Board, overrides: list[str] | tuple[str, ...] = (), folder: Path
             stage, changes = split_stage(entries)
             own = [*overrides, *changes, f"seed={seed}", f"runs={folder / 'runs'}", "evaluate.floors=[]"]
             own += [f"data.directory={shared.dataset_directory}"]
-            recipe = load_recipe(board.recipe, own)
+            try:
+                recipe = load_recipe(board.recipe, own)
+            except InputError as error:
+                raise InputError(f"board {board.name}, row '{row}': {error}") from None
             _check_comparable(row, recipe, shared)
             ids = digest_of(recipe.tokenizer.stated(), recipe.data.stated(), seed)
             recipe = relevant(load_recipe(board.recipe, [*own, f"tokenizer.directory={folder / 'ids' / ids}"]), stage)

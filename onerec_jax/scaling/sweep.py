@@ -34,11 +34,12 @@ import yaml
 
 from onerec_jax.config import digest_of
 from onerec_jax.errors import InputError
-from onerec_jax.recipe import CONFIGS, config_path
+from onerec_jax.recipe import CONFIGS, config_path, read_yaml
 
 Point = dict[str, Any]  # key.path -> a value that JSON can hold
 
 READABLE = 120  # most characters of a name before its digest
+MOST = 100_000  # points of a product: more are a mistake that would fill the memory before anyone reads them
 
 
 def param(key: str, values: Iterable[Any]) -> list[Point]:
@@ -58,7 +59,13 @@ def param(key: str, values: Iterable[Any]) -> list[Point]:
 
 
 def prod(*sweeps: Sequence[Point]) -> list[Point]:
-    """Every combination; the last sweep varies fastest."""
+    """Every combination; the last sweep varies fastest.
+
+    Raises:
+        InputError: no sweeps, more than `MOST` points, or a point that would be there twice or say a setting twice.
+    """
+    if (count := math.prod(map(len, sweeps))) > MOST:
+        raise InputError(f"prod would make {count} points, {MOST} at most are taken: take a subsample of its parts")
     return _distinct([_merged(parts, "prod") for parts in itertools.product(*_some(sweeps, "prod"))], "prod")
 
 
@@ -162,12 +169,10 @@ def load_sweep(name: str) -> Sweep:
         InputError: no such sweep, bad YAML, an unknown combinator, or what a combinator refuses.
     """
     path = config_path(name, "sweep", CONFIGS / "sweeps")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or set(values) != {"recipe", "sweep"} or not isinstance(values["recipe"], str):
-        raise InputError(f"{path}: a sweep has the fields 'recipe', a name, and 'sweep'")
+    fields = "a sweep has the fields 'recipe', a name, and 'sweep'"
+    values = read_yaml(path, fields)
+    if set(values) != {"recipe", "sweep"} or not isinstance(values["recipe"], str):
+        raise InputError(f"{path}: {fields}")
     try:
         return Sweep(values["recipe"], points_of(values["sweep"]))
     except InputError as error:
@@ -200,7 +205,7 @@ def points_of(node: Any) -> list[Point]:
         if not isinstance(inner, dict) or set(inner) != {"of", "count", "seed"}:
             raise InputError("subsample takes the fields of (a sweep), count and seed")
         numbers = inner["count"], inner["seed"]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        if not all(type(number) is int and number >= 0 for number in numbers):
             raise InputError(f"subsample takes whole numbers as count and seed, not {numbers[0]!r} and {numbers[1]!r}")
         return subsample(points_of(inner["of"]), *numbers)
     raise InputError(f"no combinator '{name}': a sweep is one of {known}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_jax.config import TokenizerConfig
+from onerec_jax.data.checksums import check_files, checksums, read_card, sealed
 from onerec_jax.data.replacing import replacing
 from onerec_jax.errors import InputError
 from onerec_jax.tokenizer import alignment, quality
@@ -98,7 +99,8 @@ class SemanticIds:
         with replacing(directory, "semantic IDs") as partial:
             for name, array in _arrays(self).items():
                 np.save(partial / f"{name}.npy", array, allow_pickle=False)
-            (partial / "card.json").write_text(json.dumps({**card, "quality": self.quality}, indent=2) + "\n")
+            card |= {"quality": self.quality, "files": checksums(partial)[0]}
+            (partial / "card.json").write_text(json.dumps(sealed(card), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path, dataset: Dataset | None = None) -> SemanticIds:
@@ -109,12 +111,15 @@ class SemanticIds:
         """
         directory = Path(directory)
         try:
-            card = json.loads((directory / "card.json").read_text())
+            card = read_card(directory / "card.json")
+            check_files(directory, card.get("files", {}))
             loaded = _read(directory, card)
         except FileNotFoundError as error:
             raise InputError(f"no semantic IDs in {directory}: {_name(error)} is missing; {_REMEDY}") from None
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"semantic IDs in {directory} are damaged ({error}); {_REMEDY}") from None
+            raise InputError(
+                f"semantic IDs in {directory} are damaged ({' '.join(str(error).split())}); {_REMEDY}"
+            ) from None
         if dataset is not None:
             made_from = (loaded.origin["dataset"], len(loaded.codes))
             if made_from != (dataset.card.get("content_hash"), dataset.num_items):
@@ -126,7 +131,7 @@ _REMEDY = "make them with `onerec tokenize RECIPE`"
 
 
 def _name(error: FileNotFoundError) -> str:
-    return Path(error.filename).name if error.filename else "a file"
+    return Path(error.filename).name if error.filename else str(error).removesuffix(" is missing")
 
 
 def _arrays(ids: SemanticIds) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import polars as pl
@@ -135,6 +136,9 @@ def test_sequences_are_timed_by_their_place_in_seconds(benchmark: Path) -> None:
         ("items.jsonl", '{"item_id": 1}\n{"item_id": 1}\n', "items: column 'item_id' row 1 repeats 1"),
         ("items.jsonl", '{"item_id": "x"}\n', r"items\.jsonl line 1: 'item_id' is 'x', expected an integer"),
         ("items.jsonl", '{"asin": "x"}\n', r"items\.jsonl line 1: 'item_id' is missing"),
+        ("Beauty.txt", f"1 {9**30}\n", r"Beauty\.txt line 1: '1 \d+', expected integers"),
+        ("items.jsonl", f'{{"item_id": {9**30}}}\n', r"items\.jsonl line 1: 'item_id' is \d+, expected an integer of"),
+        ("items.jsonl", "[" * 100_000, r"items\.jsonl line 1: .*, expected one JSON object a line"),
         ("items.jsonl", "nonsense\n", r"items\.jsonl line 1: 'nonsense', expected one JSON object a line"),
     ],
 )
@@ -148,3 +152,24 @@ def test_sequences_without_their_file_are_refused(benchmark: Path) -> None:
     (benchmark / "Beauty.txt").unlink()
     with pytest.raises(InputError, match=r"expected one file \*\.txt, there is none"):
         load(benchmark)
+
+
+def test_sequences_that_are_no_text_are_refused(benchmark: Path) -> None:
+    (benchmark / "Beauty.txt").write_bytes(b"1 2\n\xff")
+    with pytest.raises(InputError, match=r"Beauty\.txt: not readable as UTF-8 text"):
+        load(benchmark)
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_refused(benchmark: Path) -> None:
+    path = benchmark / "Beauty.txt"
+    for make, remove in ((os.mkfifo, Path.unlink), (Path.mkdir, Path.rmdir)):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(InputError, match=r"Beauty\.txt: is no file, expected one that matches \*\.txt"):
+            load(benchmark)
+        remove(path)
+
+
+def test_metadata_of_other_items_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"meta_Beauty\.json: describes none of the 3 items of the reviews"):
+        load(write(tmp_path, REVIEWS, [json.dumps(METADATA[1])]))

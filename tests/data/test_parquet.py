@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from onerec_jax.config import ParquetSource
@@ -139,5 +140,17 @@ def test_a_missing_file_is_named_with_its_setting(folder: Path) -> None:
 
 def test_a_file_that_is_not_parquet_is_refused(folder: Path) -> None:
     (folder / "events.parquet").write_text("uid,video\n")
+    with pytest.raises(InputError, match=r"events\.parquet: not readable as one Parquet table"):
+        load(folder)
+
+
+def test_a_flipped_bit_of_a_file_with_checksums_is_refused(folder: Path) -> None:
+    path, frame = folder / "events.parquet", pl.read_parquet(folder / "events.parquet")
+    plain = {"write_page_checksum": True, "compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(frame.to_arrow(), path, **plain)
+    load(folder)
+    content = bytearray(path.read_bytes())
+    content[content.index(int(frame["timestamp_ms"][0]).to_bytes(8, "little"))] ^= 1
+    path.write_bytes(content)
     with pytest.raises(InputError, match=r"events\.parquet: not readable as one Parquet table"):
         load(folder)

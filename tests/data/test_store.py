@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onerec_jax.data.store import Dataset
-from onerec_jax.errors import InputError
+from onerec_jax.errors import DamagedError, InputError
 
 
 @pytest.fixture
@@ -135,6 +135,62 @@ def test_a_damaged_dataset_is_one_sentence(dataset, harm):
     with pytest.raises(InputError, match="onerec data RECIPE") as caught:
         Dataset(dataset.directory).history(0)
     assert "\n" not in str(caught.value)
+
+
+def other_split(directory):
+    card = json.loads((directory / "card.json").read_text())
+    card["settings"]["lifelong_refresh"] += 1
+    (directory / "card.json").write_text(json.dumps(card))
+
+
+def flip_a_bit(name):
+    def harm(directory):
+        content = bytearray((directory / name).read_bytes())
+        content[-1] ^= 1
+        (directory / name).write_bytes(content)
+
+    return harm
+
+
+def lose_a_chunk(directory):  # TensorStore reads zeros where a chunk is missing
+    (directory / "items" / "author" / "0").unlink()
+
+
+SILENT = [
+    (other_split, "card.json"),
+    *(
+        (flip_a_bit(name), name)
+        for name in ("examples-train.npy", "train_stops.npy", "items/duration_s/0", "users.parquet")
+    ),
+    (lose_a_chunk, "items/author/0 is missing"),
+]
+
+
+@pytest.mark.parametrize(("harm", "named"), SILENT)
+def test_a_change_that_leaves_a_file_readable_is_named(dataset, harm, named):
+    harm(dataset.directory)
+    with pytest.raises(InputError, match=rf"{named}.*onerec data RECIPE"):
+        Dataset(dataset.directory)
+
+
+def test_a_shard_in_the_place_of_another_of_its_size_is_named(noise_tables, write):
+    directory = write(noise_tables(), shards=3).directory
+    shards = sorted(directory.glob("histories-*"))
+    contents = [shard.read_bytes() for shard in shards]
+    assert len(contents[0]) == len(contents[1])
+    shards[0].write_bytes(contents[1])
+    dataset = Dataset(directory)
+    with pytest.raises(DamagedError, match=rf"{shards[0].name} is damaged .it is not the file that card.json tells of"):
+        dataset.history(0)
+    dataset.history(2)
+
+
+def test_a_dataset_from_before_checksums_is_read_as_it_is(dataset):
+    card = json.loads((dataset.directory / "card.json").read_text())
+    del card["files"], card["card_sha256"]
+    (dataset.directory / "card.json").write_text(json.dumps(card))
+    older = Dataset(dataset.directory)
+    assert older.history(1).rows.tobytes() == dataset.history(1).rows.tobytes()
 
 
 def test_reading_data_does_not_import_jax():

@@ -192,7 +192,12 @@ def test_every_committed_board_plans_its_jobs():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("rows: {a: []}\n", "'recipe': Field required"), ("- a\n", "not a board"), ("recipe: quickstart\nrows: {}\n", "'rows'")],
+    [
+        ("rows: {a: []}\n", "'recipe' is required"),
+        ("- a\n", "a board is a mapping"),
+        ("recipe: a\nrecipe: b\nrows: {a: []}\n", "duplicate key recipe"),
+        ("recipe: quickstart\nrows: {}\n", "'rows'"),
+    ],
 )  # fmt: skip
 def test_a_file_that_is_no_board_is_refused(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)

@@ -165,3 +165,8 @@ def test_every_point_of_a_kept_sweep_is_a_recipe(path: Path):
     assert len(recipes) == len(sweep.points)
     for one, two in itertools.combinations(recipes, 2):
         assert one.digest() != two.digest()
+
+
+def test_a_product_that_would_fill_the_memory_is_refused_before_it_is_made():
+    with pytest.raises(InputError, match="prod would make 1000000000000 points, 100000 at most"):
+        prod(*(param(f"model.setting{n}", range(100)) for n in range(6)))

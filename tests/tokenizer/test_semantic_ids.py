@@ -184,6 +184,12 @@ def test_damaged_ids_are_refused(dataset, tmp_path):
     for name, damage in (
         ("card.json", b"{"),
         ("card.json", b"[]"),
+        ("card.json", b"[" * 100_000),
+        ("card.json", json.dumps({**card, "seed": 9}).encode()),
+        (
+            "items.npy",
+            (lambda content: content[:-1] + bytes([content[-1] ^ 1]))((tmp_path / "good" / "items.npy").read_bytes()),
+        ),
         ("card.json", json.dumps({**card, "format_version": 99}).encode()),
         ("card.json", json.dumps({**card, "codebook_sizes": [2, 4]}).encode()),
         ("codes.npy", b"not an array"),

@@ -31,6 +31,7 @@ from onerec_jax.errors import InputError
 _REVIEWS = ("reviews_*_5.json", "reviews_*_5.json.gz")
 _METADATA = ("meta_*.json", "meta_*.json.gz")
 _ASIN = re.compile(r"""['"]asin['"]:\s*['"](\w+)['"]""")
+_LAST_SECOND = 1 << 43  # thousands of it fit into 63 bits
 _ITEM_SCHEMA = {"author_id": pl.String, "tags": pl.List(pl.String), "text": pl.String}
 
 
@@ -38,7 +39,8 @@ def tables(source: AmazonSource, seed: int) -> Tables:
     """Canonical tables of either layout; brands are the authors, categories (narrowest first) the tags.
 
     Raises:
-        InputError: a file is missing, a line is not what the layout says, or an item or user comes twice.
+        InputError: a file is missing, the metadata is of other items, a line is not what the layout says, or an item or
+            user comes twice.
     """
     folder = existing_folder(source.path)
     if find(folder, *_REVIEWS):
@@ -56,7 +58,7 @@ def _reviews(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     rows: list[tuple[str, str, int]] = []
     for place, record in _records(path):
         user, item, second = (_field(record, name, place) for name in ("reviewerID", "asin", "unixReviewTime"))
-        if not isinstance(second, int) or second < 0:
+        if type(second) is not int or not 0 <= second < _LAST_SECOND:
             raise InputError(f"{place}: 'unixReviewTime' is {second!r}, expected whole seconds, not negative")
         rows.append((str(user), str(item), second))
     log = pl.DataFrame(rows, schema={"user_id": pl.String, "item_id": pl.String, "second": pl.Int64}, orient="row")
@@ -83,17 +85,23 @@ def _described(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
         if asin in described:
             raise InputError(f"{place}: 'asin' repeats {asin!r}, expected every item once")
         described[asin] = _content(record, place)
+    if wanted and not described:
+        raise InputError(f"{path}: describes none of the {len(wanted)} items of the reviews")
     return described
 
 
 def _sequences(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     path = only(folder, "*.txt")
     users: dict[int, list[int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            user, *items = map(int, line.split())
+            user, *items = map(_id, line.split())
         except ValueError:
             raise InputError(f"{path} line {number}: {line[:60]!r}, expected integers: user item item ...") from None
         if user in users:
@@ -109,12 +117,18 @@ def _sequences(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     content: list[dict[str, Any]] = []
     for where, record in _records(only(folder, "items.jsonl")):
         item = _field(record, "item_id", where)
-        if not isinstance(item, int):
-            raise InputError(f"{where}: 'item_id' is {item!r}, expected an integer")
+        if type(item) is not int or item.bit_length() > 63:
+            raise InputError(f"{where}: 'item_id' is {item!r}, expected an integer of at most 64 bits")
         ids.append(item)
         content.append(_content(record, where))
     items = pl.DataFrame(content, schema=_ITEM_SCHEMA).with_columns(item_id=pl.Series(ids, dtype=pl.Int64))
     return events, items
+
+
+def _id(word: str) -> int:
+    if (value := int(word)).bit_length() > 63:
+        raise ValueError(f"{word} has more than 64 bits")
+    return value
 
 
 def _records(path: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,10 +153,10 @@ def _records(path: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, 
 def _record(line: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         try:
             record = ast.literal_eval(line.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             record = None
     if not isinstance(record, dict):
         raise InputError(f"{place}: {line.strip()[:60]!r}, expected one JSON object a line")

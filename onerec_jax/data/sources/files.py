@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,9 +16,15 @@ _EXPECTED = {INTEGER: "an integer", NUMBER: "a number", TEXT: "text"}
 
 
 def find(folder: Path, *patterns: str) -> list[Path]:
-    """Files of `folder`, or else of its subfolder `data`, that match any of the patterns; sorted, maybe none."""
+    """Files of `folder`, or else of its subfolder `data`, that match any of the patterns; sorted, maybe none.
+
+    Raises:
+        InputError: what matches is no file.
+    """
     for place in (folder, folder / "data"):
         found = sorted({path for pattern in patterns for path in place.glob(pattern)})
+        if others := [path for path in found if not path.is_file()]:
+            raise InputError(f"{others[0]}: is no file, expected one that matches {' or '.join(patterns)}")
         if found:
             return found
     return []
@@ -50,7 +57,7 @@ def read_columns(path: Path, columns: Mapping[str, pl.DataType], not_negative: I
     frame = _open(path)
     for name, kind in columns.items():
         if name not in frame.columns:
-            there = ", ".join(frame.columns[:12]) + (", ..." if len(frame.columns) > 12 else "")
+            there = ", ".join(name[:40] for name in frame.columns[:12]) + (", ..." if len(frame.columns) > 12 else "")
             raise InputError(f"{path}: column '{name}' is missing, expected {_EXPECTED[kind]}; columns there: {there}")
     frame = frame.select(list(columns))
     converted = frame.with_columns(_convert(frame[name], kind, path) for name, kind in columns.items())
@@ -66,11 +73,25 @@ def _open(path: Path) -> pl.DataFrame:
         raise InputError(f"{path}: no such file")
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path)
+            return read_parquet(path)
         return pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         what = "Parquet" if path.suffix == ".parquet" else "CSV"
         raise InputError(f"{path}: not a readable {what} file: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_parquet(files: Path | list[str]) -> pl.DataFrame:
+    """One or several Parquet files as one table; checksums of pages are verified where the writer left any.
+
+    Polars' own reader looks at no checksums, and reads on where pages are malformed.
+
+    Raises:
+        OSError: a file is damaged or is no Parquet, or they do not fit each other.
+    """
+    try:
+        return pl.read_parquet(files, use_pyarrow=True, pyarrow_options={"page_checksum_verification": True})
+    except (pl.exceptions.PolarsError, pa.ArrowException) as error:
+        raise OSError(str(error)) from error
 
 
 def _convert(column: pl.Series, kind: pl.DataType, path: Path) -> pl.Series:
@@ -84,8 +105,15 @@ def _convert(column: pl.Series, kind: pl.DataType, path: Path) -> pl.Series:
     if lost.any():
         row = lost.arg_max()
         assert row is not None
-        raise InputError(f"{path}: column '{column.name}' row {row} is {column[row]!r}, expected {_EXPECTED[kind]}")
+        raise InputError(
+            f"{path}: column '{column.name}' row {row} is {shown(column[row])}, expected {_EXPECTED[kind]}"
+        )
     return result
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: of a long one, where it begins and ends."""
+    return reprlib.repr(value)
 
 
 def arrow(frame: pl.DataFrame) -> pa.Table:

@@ -22,7 +22,18 @@ import polars as pl
 
 from onerec_jax.config import KuaiRandSource
 from onerec_jax.data.schema import Tables
-from onerec_jax.data.sources.files import INTEGER, NUMBER, TEXT, arrow, existing_folder, find, only, read_columns
+from onerec_jax.data.sources.files import (
+    INTEGER,
+    NUMBER,
+    TEXT,
+    arrow,
+    existing_folder,
+    find,
+    only,
+    read_columns,
+    read_parquet,
+    shown,
+)
 from onerec_jax.data.validate import validate
 from onerec_jax.errors import InputError
 
@@ -81,7 +92,9 @@ def _log(path: Path) -> pl.DataFrame:
     if log["day_ms"].null_count():
         row = log["day_ms"].is_null().arg_max()
         assert row is not None
-        raise InputError(f"{path}: column 'date' row {row} is {log['date'][row]}, expected a date such as 20220425")
+        raise InputError(
+            f"{path}: column 'date' row {row} is {shown(log['date'][row])}, expected a date such as 20220425"
+        )
     duration = pl.when(pl.col("duration_ms") > 0).then("duration_ms")
     finish = (pl.col("play_time_ms") / duration >= _FINISHED).fill_null(False)
     return log.select(
@@ -124,7 +137,7 @@ def _sequences(path: Path) -> pl.DataFrame:
 
 def _exploded(path: Path, name: str) -> pl.DataFrame:
     """(user_id, item_id) of one list column, in order."""
-    frame = pl.read_parquet(path)
+    frame = read_parquet(path)
     if name not in frame.columns or frame[name].dtype != pl.List(pl.Int64):
         found = f"of type {frame[name].dtype}" if name in frame.columns else "missing"
         raise InputError(f"{path}: column '{name}' is {found}, expected lists of integers")

@@ -8,7 +8,7 @@ import polars as pl
 
 from onerec_jax.config import ParquetSource
 from onerec_jax.data.schema import EVENT_COLUMNS, ITEM_COLUMNS, LABELS, USER_COLUMNS, Tables
-from onerec_jax.data.sources.files import arrow
+from onerec_jax.data.sources.files import arrow, read_parquet
 from onerec_jax.data.validate import check_columns, validate
 from onerec_jax.errors import InputError
 
@@ -52,8 +52,8 @@ def _read(pattern: str, setting: str) -> pl.DataFrame:
     if not files:
         raise InputError(f"{setting}: no file matches '{pattern}', expected a Parquet file or a glob of several")
     try:
-        return pl.read_parquet(files)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        return read_parquet(files)
+    except OSError as error:
         raise InputError(
             f"{pattern}: not readable as one Parquet table: {' '.join(str(error).split())[:200]}"
         ) from None
