@@ -56,12 +56,15 @@ class Checkpoints:
         if self._writes:
             self._put_damaged_aside()
         every_step: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self.directory),
-            save_decision_policy=every_step,
-            preservation_policy=_preserved(kept or TrainConfig(keep=1)),
-            cleanup_tmp_directories=self._writes,
-        )
+        # Weights hardly shrink, and compressing them takes longer than writing them.
+        saving = ocp.options.ArrayOptions.Saving(use_compression=False)
+        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+            self._checkpointer = ocp.training.Checkpointer(
+                str(self.directory),
+                save_decision_policy=every_step,
+                preservation_policy=_preserved(kept or TrainConfig(keep=1)),
+                cleanup_tmp_directories=self._writes,
+            )
         self._pending: _Pending | None = None
         self._sound: set[int] = set()
 

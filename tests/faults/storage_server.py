@@ -223,6 +223,7 @@ def _s3() -> Iterator[int]:
 def _gcs() -> Iterator[int]:
     from gcp_storage_emulator.server import create_server
 
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -332,6 +333,7 @@ def same_as_on_disk(recipe: Recipe, bucket: Bucket, name: str, folder: Path) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=KINDS, help="s3 and gs")
     parser.add_argument("--rate", type=float, default=0.2, help="of the requests that fail")
     parser.add_argument("--seconds", type=float, default=60.0, help="for which nobody answers")
     asked = parser.parse_args()
@@ -344,7 +346,7 @@ def main() -> None:
         path, log = folder / "recipe.yaml", folder / "log.txt"
         path.write_text(recipe.to_yaml())
         ended_well(train(path, "disk", log), log)
-        for kind in KINDS:
+        for kind in asked.kinds:
             with storage(kind) as (door, environment):
                 bucket = Bucket(kind, door.behind)
                 began = time.perf_counter()
