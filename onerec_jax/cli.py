@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from onerec_jax.errors import FORESEEN, InputError
+from onerec_jax.errors import BACKOFF, FORESEEN, ExitCode, InputError
 from onerec_jax.recipe import load_recipe
 
 app = typer.Typer(
@@ -363,7 +364,9 @@ def main() -> None:
     try:
         app()
     except FORESEEN as error:
-        print(f"onerec: {error}", file=sys.stderr)
+        print(f"onerec: {error}", file=sys.stderr, flush=True)
+        if error.code == ExitCode.STORAGE:
+            time.sleep(float(os.environ.get(BACKOFF, 0)))
         raise SystemExit(int(error.code)) from None
 
 

@@ -16,6 +16,10 @@ class ExitCode(IntEnum):
     PREEMPTED = 6  # the machine was taken away; all is saved
 
 
+# A variable: seconds from a failure of storage to the end of the process, for a launcher that makes no pause itself.
+BACKOFF = "ONEREC_BACKOFF_S"
+
+
 class InputError(ValueError):
     """A problem the caller can mend: one sentence naming the setting or file, the value, and what would be right.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import posixpath
 import sys
@@ -27,6 +28,7 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}
 
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint where it cannot rename
 ATTEMPTS = 30  # of a request to S3, with pauses of up to 20 s: some minutes
+ROUNDS = 10  # of gcsfs's attempts of a request to Google, half a minute each
 
 
 def folder(name: str | Path) -> Path:
@@ -190,6 +192,28 @@ def _prepare(scheme: str) -> None:
         retries = {"max_attempts": ATTEMPTS, "mode": "standard"}
         settings.setdefault("config_kwargs", {"retries": retries})
         _teach_orbax_s3()
+    else:
+        _make_gcsfs_patient()
+
+
+def _make_gcsfs_patient() -> None:
+    """gcsfs gives a request up after half a minute, and takes no other number: here it then begins again."""
+    import gcsfs
+    from gcsfs.retry import is_retriable
+
+    class Patient(gcsfs.GCSFileSystem):
+        async def _request(self, *args: Any, **kwargs: Any) -> Any:
+            for _ in range(ROUNDS - 1):
+                try:
+                    return await super()._request(*args, **kwargs)
+                except Exception as error:
+                    if not is_retriable(error):
+                        raise
+            return await super()._request(*args, **kwargs)
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it says that it gives up
+    for protocol in ("gs", "gcs"):
+        fsspec.register_implementation(protocol, Patient, clobber=True)
 
 
 def _teach_orbax_s3() -> None:

@@ -15,8 +15,10 @@ import pytest
 import yaml
 from stand_ins import instant_training
 
+from onerec_jax import cli
 from onerec_jax.config import Recipe
 from onerec_jax.data import prepare
+from onerec_jax.errors import InputError, StorageError
 from onerec_jax.recipe import load_recipe
 
 
@@ -372,3 +374,20 @@ def test_a_run_whose_dataset_has_changed_is_refused(refused, trained: str, onere
 )
 def test_an_unknown_user_run_or_step_is_refused(refused, trained: str, words: list[str], said: str):
     assert said in refused(*words)
+
+
+def test_a_failure_of_storage_pauses_where_the_launcher_asks_for_it_and_bad_input_does_not(
+    onerec, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise failure
+
+    paused: list[float] = []
+    monkeypatch.setenv("ONEREC_BACKOFF_S", "7")
+    monkeypatch.setattr(cli.time, "sleep", paused.append)
+    monkeypatch.setattr(cli, "app", fail)
+    failure: Exception = StorageError("the bucket is gone")
+    answer = onerec("pretrain", "tiny")
+    assert (answer.code, answer.err, paused) == (4, "onerec: the bucket is gone\n", [7.0])
+    failure = InputError("no")
+    assert (onerec("pretrain", "tiny").code, paused) == (2, [7.0])

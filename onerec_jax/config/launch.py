@@ -103,6 +103,7 @@ class GkeCluster(ClusterConfig):
         {}, 'further labels of the nodes, such as {cloud.google.com/gke-spot: "true"}'
     )
     grace_s: int = setting(120, "seconds from SIGTERM to SIGKILL, to save in", ge=1)
+    backoff_s: int = setting(60, "seconds before a job is started again that storage failed (exit code 4)", ge=0)
     keep_s: int = setting(86_400, "seconds after which an ended JobSet is removed", ge=0)
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from onerec_jax.config import GkeCluster
-from onerec_jax.errors import ExitCode, InputError
+from onerec_jax.errors import BACKOFF, ExitCode, InputError
 from onerec_jax.launch.job import Job, check_devices, check_processes
 from onerec_jax.launch.submit import require, submit
 from onerec_jax.plan.chips import parse_topology
@@ -190,6 +190,7 @@ def _container(job: Job, cluster: GkeCluster, name: str, hosts: int, chips: int)
         {"name": "HOME", "value": "/tmp"},
         {"name": "JAX_PLATFORMS", "value": "cuda,cpu" if cluster.gpu else "tpu,cpu"},  # never on CPU unasked
         {"name": "JAX_COMPILATION_CACHE_DIR", "value": str(CACHE)},
+        {"name": BACKOFF, "value": str(cluster.backoff_s)},  # a JobSet starts again at once
         *({"name": variable, "value": value} for variable, value in cluster.environment.items()),
     ]
     if cluster.gpu and hosts > 1:  # hosts of a TPU know each other

@@ -182,7 +182,7 @@ SLURM_FLIPS = {
 GKE_FLIPS = {
     "name": "b", "max_restarts": 1, "environment": {"A": "b"}, "image": "b:1", "bucket": "gs://other/onerec",
     "service_account": "b", "topology": "v5e:2x4", "slices": 2, "gpu": "nvidia-l4", "nodes": 2, "gpus_per_node": 2,
-    "namespace": "b", "queue": "b", "node_selector": {"a": "b"}, "grace_s": 9, "keep_s": 9,
+    "namespace": "b", "queue": "b", "node_selector": {"a": "b"}, "grace_s": 9, "backoff_s": 9, "keep_s": 9,
 }  # fmt: skip
 
 
