@@ -73,6 +73,8 @@ def _reach_bucket(path: Path, system: Any, bucket: str) -> None:
         system.ls(bucket)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no bucket {bucket}") from None
+    except PermissionError:  # to list all of it; what lies below `path` it may
+        return
     except Exception as error:
         raise _unreachable(path, error) from error
 
@@ -113,7 +115,10 @@ def move(path: Path, to: Path) -> None:
     """Gives a folder another name; in a bucket by copying it."""
     if is_remote(path):
         system, at = fsspec.url_to_fs(os.fspath(path))
-        system.mv(at, fsspec.url_to_fs(os.fspath(to))[1], recursive=True)
+        target = fsspec.url_to_fs(os.fspath(to))[1]
+        for name in system.find(at):  # fsspec's own `mv` also copies folders, which are no objects
+            system.cp_file(name, target + name.removeprefix(at))
+        system.rm(at, recursive=True)
         return
     to.parent.mkdir(exist_ok=True)
     path.rename(to)

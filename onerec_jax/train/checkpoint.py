@@ -101,7 +101,7 @@ class Checkpoints:
                 overwrite=again,
                 metrics=None if validation is None else {VALIDATION: validation},
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # TensorStore's are of both kinds
             raise self._failed(step, error) from error
         self._pending = _Pending(step, path, written)
 
@@ -182,7 +182,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(OSError):  # of a failed save, which `wait` told
+            with contextlib.suppress(OSError, ValueError):  # of a failed save, which `wait` told
                 self._checkpointer.close()
 
     def _known(self, step: int | None) -> int:
