@@ -36,7 +36,7 @@ class Row(NamedTuple):
         loss = "" if self.loss is None else f"{self.loss:.4f}"
         step_s = "" if self.step_s is None else f"{self.step_s:.3g}"
         left = _time(self.left_s) if self.state in ("running", "begun") else ""
-        age = "" if self.seen is None else f"{_time(time.time() - self.seen)} ago"
+        age = "" if self.seen is None or self.state == "done" else f"{_time(time.time() - self.seen)} ago"
         said = self.error if self.state == "failed" else age
         return self.state, f"{self.step}/{self.steps}", loss, step_s, left, said
 
@@ -94,7 +94,7 @@ class Progress:
         self._sweep, self._console = sweep, Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._states: dict[str, str] = {}
-        self._drawn = self._summed = 0.0
+        self._drawn, self._summed = 0.0, time.monotonic()
 
     def __enter__(self) -> Progress:
         if self._live is not None:
