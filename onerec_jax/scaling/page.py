@@ -137,7 +137,9 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return escape(value)
-    return short(value) if abs(value) >= 100 else f"{value:.4g}" if abs(value) < 0.01 else f"{value:.4f}"
+    if abs(value) >= 10:
+        return short(value) if abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:.4g}" if abs(value) < 0.01 else f"{value:.4f}"
 
 
 def _chart(curve: Curve, metric: str) -> str:

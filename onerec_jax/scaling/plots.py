@@ -62,7 +62,7 @@ def draw_compute(findings: Findings, curves: list[Curve]) -> Figure:
     _name_sizes(axes, runs.size("params"), colours)
     longest = [curve for curve in curves if len(curve.flops) > 1]
     if longest:
-        axes.plot(*envelope(longest), color="black", linewidth=1.6, label="envelope")
+        axes.plot(*envelope(longest), color="black", linewidth=1.6, label="envelope", drawstyle="steps-post")
     if findings.law is not None and findings.parametric and exponents(findings).get("parametric"):
         budgets = np.geomspace(flops.min(), NEXT * flops.max(), 40)
         best = [findings.law.optimum(float(budget)).loss for budget in budgets]
