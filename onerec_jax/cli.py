@@ -14,11 +14,13 @@ from rich.table import Table
 
 from onerec_jax.errors import BACKOFF, FORESEEN, ExitCode, InputError
 from onerec_jax.recipe import load_recipe
+from onerec_jax.scaling.verbs import app as sweep
 
 app = typer.Typer(
     help="OneRec-style generative recommenders in JAX.", no_args_is_help=True, pretty_exceptions_enable=False,
     add_completion=True,
 )  # fmt: skip
+app.add_typer(sweep, name="sweep")
 
 RecipeName = Annotated[str, typer.Argument(help="a recipe of configs/ by name, or a YAML file", metavar="RECIPE")]
 RunName = Annotated[str, typer.Argument(help="a run by name or folder, RUN or RUN@STEP", metavar="RUN")]

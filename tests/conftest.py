@@ -75,6 +75,7 @@ SLOW = (
     "test_reinforcement.py",
     "test_step.py",
     "test_kills.py",
+    "test_local_sweep.py",
     "test_docs.py",
     "test_sample.py",
     "test_onerec.py",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from onerec_jax.cli import app
 from onerec_jax.recipe import config_path, load_recipe
+from onerec_jax.scaling.sweep import load_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -38,6 +39,13 @@ def test_every_documented_command_names_a_verb_and_a_recipe_that_exist(words: li
     assert words[0] in verbs
     if words[0] == "fit":
         assert (ROOT / words[1]).is_file()
+        return
+    if words[0] == "sweep":
+        named = words[2] if words[1] in ("status", "report") else words[1]
+        sweep = load_sweep(named)
+        load_recipe(
+            sweep.recipe, [word for word in words[2:] if "=" in word and not word.startswith(("-", "cluster."))]
+        )
         return
     if words[0] == "launch":
         assert "--dry-run" in words, "the next test runs what is documented"

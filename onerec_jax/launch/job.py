@@ -16,6 +16,7 @@ from onerec_jax.recipe import load_recipe
 
 JOINED = ("pretrain", "rsft", "reward", "rl")  # train as one on several processes
 ALONE = ("run", "board", "evaluate")
+POINT = "sweep point"  # which no one calls but `onerec sweep`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Job:
         """What stands after `onerec`."""
         if self.verb == "evaluate":
             return [self.verb, str(self.recipe.run_directory), *self.overrides]
-        return [self.verb, str(folder / ("board.yaml" if self.board else "recipe.yaml")), *self.overrides]
+        return [*self.verb.split(), str(folder / ("board.yaml" if self.board else "recipe.yaml")), *self.overrides]
 
     def folder(self, cluster: LocalCluster | SlurmCluster) -> Path:
         """Of its files, and of no other job's."""
@@ -86,6 +87,8 @@ def check_processes(job: Job, processes: int) -> None:
         raise InputError(
             f"--verb {job.verb} is for one process, and the job has {processes}: launch {', '.join(JOINED)} on several"
         )
+    if processes > 1 and "--evaluate" in job.overrides:
+        raise InputError(f"--evaluate is for points of one process, and these have {processes}")
 
 
 def check_devices(job: Job, devices: int, slices: int = 1) -> None:
@@ -97,5 +100,5 @@ def check_devices(job: Job, devices: int, slices: int = 1) -> None:
             "cross the slow network"
         )
     mesh = AbstractMesh(mesh_sizes(recipe.mesh, devices), AXES)
-    if job.verb in ("pretrain", "run"):
+    if job.verb in ("pretrain", "run", POINT):
         check_batch(mesh, recipe.train.batch_size, recipe.train.accumulation)

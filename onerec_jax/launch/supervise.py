@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from onerec_jax.config import LocalCluster
 from onerec_jax.errors import ExitCode
@@ -72,7 +72,7 @@ def run_together(started: list[Command], grace_s: float, write: Write) -> tuple[
         _signal(running, number)
 
     try:
-        with _handling((signal.SIGTERM, signal.SIGINT), tell):
+        with handling((signal.SIGTERM, signal.SIGINT), tell):
             for i, command in enumerate(started):
                 running.append(_start(command))
                 readers.append(threading.Thread(target=_copy, args=(i, running[i], write, lock)))
@@ -94,7 +94,7 @@ def run_together(started: list[Command], grace_s: float, write: Write) -> tuple[
         for process, reader in zip(running, readers, strict=False):
             reader.join(timeout=5)
             if reader.is_alive():  # what the process started has outlived it, and holds its output
-                _kill_group(process, signal.SIGKILL)
+                kill_group(process, signal.SIGKILL)
                 reader.join()
     codes = [code for code in (first, *(process.returncode for process in running)) if code]
     code = next((code for code in codes if code in FINAL), codes[0] if codes else 0)
@@ -120,16 +120,18 @@ def _signal(running: list[subprocess.Popen[str]], number: int) -> None:
     """To each process that still runs, and those that it started."""
     for process in running:
         if process.poll() is None:
-            _kill_group(process, number)
+            kill_group(process, number)
 
 
-def _kill_group(process: subprocess.Popen[str], number: int) -> None:
+def kill_group(process: subprocess.Popen[Any], number: int) -> None:
+    """A signal to a process and those that it started, which all have ended if there are none."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 @contextlib.contextmanager
-def _handling(numbers: tuple[int, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handling(numbers: tuple[int, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signals of this process go to `handler` until the end of the block."""
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

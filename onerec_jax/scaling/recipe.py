@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from onerec_jax.config import Recipe
 from onerec_jax.data.schema import Vocabulary
 from onerec_jax.errors import InputError
-from onerec_jax.model.onerec import build, count_parameters, planned_vocabulary
+from onerec_jax.model.onerec import Model, build, count_parameters, planned_vocabulary
 from onerec_jax.recipe import make_recipe
 from onerec_jax.scaling.runs import check_budget
 from onerec_jax.scaling.sweep import Point
@@ -163,14 +163,18 @@ def _member(base: Recipe, point: Point, vocabulary: Vocabulary | None, request: 
     request = request or Request(
         config.short_length, config.positive_length, config.lifelong_length, recipe.data.targets
     )
-    counts = count_parameters(build(config, vocabulary))
     decoded = min(request.targets, train.code_targets or request.targets)
     flops = request_flops(
         config, vocabulary, **request._asdict(), sampled_items=train.sampled_items, decoded=decoded
     ).training  # fmt: skip
-    tables = counts["codes"] + counts["features"] + counts["tables"]
     tokens = request.targets if config.head == "items" else decoded * vocabulary.levels
-    return Member(point, recipe, Size(counts["active"], counts["model"], tables), flops, request.targets, tokens)
+    return Member(point, recipe, size_of(build(config, vocabulary)), flops, request.targets, tokens)
+
+
+def size_of(model: Model) -> Size:
+    """The parameters of a model, counted three ways."""
+    counts = count_parameters(model)
+    return Size(counts["active"], counts["model"], counts["codes"] + counts["features"] + counts["tables"])
 
 
 def candidates(
