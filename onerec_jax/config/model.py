@@ -68,6 +68,12 @@ class ModelConfig(Section):
     """Four-pathway encoder and point-wise decoder (REFERENCE 1.2-1.4)."""
 
     d_model: int = setting(128, "width", ge=2)
+    base_width: int = setting(
+        0,
+        "muP: the width at which train.learning_rate was found; rates of matrices and the first scale of the heads are carried "
+        "over from there to d_model, with heads of the same width; 0 = the rate is for all weights and this width",
+        ge=0,
+    )
     heads: int = setting(4, "attention heads", ge=1)
     head_dim: int = setting(0, "width of one head, 0 = d_model / heads", ge=0)
     ffn_hidden: int = setting(256, "width of the dense two-matrix feed-forward", ge=1)
@@ -135,6 +141,11 @@ class ModelConfig(Section):
     def coded_items(self) -> bool:
         """Whether the vectors that items are predicted by hold their codes, as those in the context do."""
         return self.head != "codes" and self.item_input == "both"
+
+    @property
+    def width_share(self) -> float:
+        """`base_width / d_model`, 1 where nothing is carried over."""
+        return self.base_width / self.d_model if self.base_width else 1.0
 
     @property
     def width_of_head(self) -> int:

@@ -23,7 +23,7 @@ def load_recommender(run: str, overrides: list[str] | tuple[str, ...] = (), *, r
     folder, step = parse_run(run, runs)
     recipe = load_recipe(str(folder / "config.yaml"), overrides)
     dataset, ids, model = load_inputs(recipe)
-    abstract = abstract_state(model, make_optimizer(recipe.train), make_mesh(recipe.mesh))
+    abstract = abstract_state(model, make_optimizer(recipe.train, recipe.model.width_share), make_mesh(recipe.mesh))
     source, step = served_run(folder, step)
     checkpoints = Checkpoints(source)
     try:

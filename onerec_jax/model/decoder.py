@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
         moe = bool(config.moe.experts)
         self.stack = Stack(lambda m, r: DecoderBlock(config, m, r), config, config.decoder_layers, moe, rngs)
         self.norm = RMSNorm(d)
-        self.heads = nnx.List([Linear(d, size, rngs) for size in sizes])
+        self.heads = nnx.List([Linear(d, size, rngs, scale=config.width_share**0.5) for size in sizes])
 
     def cross_keys_values(self, context: Context) -> Any:
         """Every block's cross-attention keys and values, stacked [G, every, B, N, H, K]."""

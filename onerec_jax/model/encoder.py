@@ -126,7 +126,8 @@ class Encoder(nnx.Module):
 
     def _events(self, name: str, events: ItemFeatures, valid_BxL: Array, rows: dict[str, Array], codes, dtype):
         """Tokens of one pathway's events and their validity, [B, L * tokens per event]."""
-        scale = self.config.d_model**0.5  # as in SASRec: beside what the blocks add, an embedding of .02 would be lost
+        # as in SASRec: beside what the blocks add, an embedding of .02 would be lost
+        scale = (self.config.base_width or self.config.d_model) ** 0.5
         if self.per_event > 1:
             return codes.tokens(events.codes, dtype) * scale, jnp.repeat(valid_BxL, self.per_event, axis=1)
         h = self.item(events, rows, codes, dtype)

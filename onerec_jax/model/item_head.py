@@ -26,6 +26,7 @@ class ItemHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, rngs: nnx.Rngs):
         self.coded = config.coded_items
+        self.share = config.width_share
         self.items = Embedding(vocabulary.items, config.d_model, rngs)
         in_codes = config.head == "items" and config.item_input in ("sid", "both")  # a decoder has its own
         self.codes = CodeEmbedding(vocabulary.codebook_sizes, config.d_model, rngs) if in_codes else None
@@ -46,6 +47,8 @@ class ItemHead(nnx.Module):
             visible_BxT: how many of them each target may see.
         """
         last = context.last_seen(visible_BxT)
+        if self.share != 1:  # these vectors are input too: not their first scale but the product follows the width
+            last = last * self.share
         if self.memory_in is None:
             return last
         seen = (jnp.arange(item_BxL.shape[1]) < visible_BxT[..., None]) & (item_BxL >= 0)[:, None]

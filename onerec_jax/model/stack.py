@@ -27,7 +27,8 @@ class FeedForwardOrMoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, *, scale: float):
         self.dense = None if moe else FeedForward(config.d_model, config.ffn_hidden, rngs, scale=scale)
-        self.moe = MoE(config.d_model, config.moe, rngs, scale=scale) if moe else None
+        routing = config.width_share**0.5
+        self.moe = MoE(config.d_model, config.moe, rngs, scale=scale, router_scale=routing) if moe else None
 
     def __call__(self, x: Array, bias_E: Array, valid: Array) -> tuple[Array, Routed | None]:
         if self.moe is not None:

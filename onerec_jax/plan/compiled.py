@@ -159,7 +159,7 @@ def lower_train_step(recipe: Recipe, model: Model, mesh: Mesh, batch_size: int) 
         InputError: the batch does not divide over the mesh, or too much of the model is whole on every device.
     """
     check_batch(mesh, batch_size, recipe.train.accumulation)
-    optimizer = make_optimizer(recipe.train)
+    optimizer = make_optimizer(recipe.train, recipe.model.width_share)
     state = abstract_state(model, optimizer, mesh)
     check_sharded({"params": state.params, "tables": state.tables}, mesh)
     trie = abstract_training_trie(recipe, model.vocabulary, mesh)
@@ -172,7 +172,7 @@ def lower_train_step(recipe: Recipe, model: Model, mesh: Mesh, batch_size: int) 
 def lower_decode_step(recipe: Recipe, model: Model, mesh: Mesh, batch_size: int) -> tuple[Any, TrainState]:
     """One beam search, encoder and all, ready to be compiled; of the state only parameters, tables and biases."""
     check_batch(mesh, batch_size, 1)
-    state = abstract_state(model, make_optimizer(recipe.train), mesh)
+    state = abstract_state(model, make_optimizer(recipe.train, recipe.model.width_share), mesh)
     search = make_beam_search(model, recipe.evaluate.beam_width)
     batch = abstract_batch(recipe, model.vocabulary, batch_size, mesh)
     with use_mesh(mesh):

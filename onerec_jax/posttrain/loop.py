@@ -92,7 +92,7 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
     dataset, ids, model = load_inputs(recipe)
     _check(recipe, dataset)
     reward = load_reward(_reward_run(recipe), recipe) if learnt(recipe) else None
-    optimizer = make_optimizer(recipe.train)
+    optimizer = make_optimizer(recipe.train, recipe.model.width_share)
     abstract = abstract_state(model, optimizer, mesh)
     began = _start_policy(recipe, abstract)
     run = recipe.run_directory

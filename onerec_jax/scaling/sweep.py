@@ -43,10 +43,10 @@ MOST = 100_000  # points of a product: more are a mistake that would fill the me
 
 
 def param(key: str, values: Iterable[Any]) -> list[Point]:
-    """One setting, one point a value.
+    """One setting, one point a value; only in a zip may a value occur twice.
 
     Raises:
-        InputError: no value, one that occurs twice, or one that YAML could not write.
+        InputError: no value, or one that YAML could not write.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
         raise InputError(f"'{key}' is no setting: a key has the form section.name")
@@ -55,7 +55,9 @@ def param(key: str, values: Iterable[Any]) -> list[Point]:
     points = [{key: value} for value in values]
     if not points:
         raise InputError(f"param {key} has no values")
-    return _distinct(points, f"param {key}")
+    for point in points:
+        _digest(point, f"param {key}")
+    return points
 
 
 def prod(*sweeps: Sequence[Point]) -> list[Point]:
@@ -112,15 +114,19 @@ def _merged(points: Iterable[Point], name: str) -> Point:
 def _distinct(points: list[Point], name: str) -> list[Point]:
     seen: dict[str, list[Point]] = {}
     for point in points:
-        try:
-            json.dumps(point, allow_nan=False)
-            seen.setdefault(digest_of(point), []).append(point)
-        except (TypeError, ValueError):
-            raise InputError(f"{name}: {point} holds a value that is no number, text, list, mapping or null") from None
+        seen.setdefault(_digest(point, name), []).append(point)
     repeated = [same[0] for same in seen.values() if len(same) > 1]
     if repeated:
         raise InputError(f"{name} has the point {_shown(repeated[0])} more than once")
     return points
+
+
+def _digest(point: Point, name: str) -> str:
+    try:
+        json.dumps(point, allow_nan=False)
+        return digest_of(point)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: {point} holds a value that is no number, text, list, mapping or null") from None
 
 
 def _shown(point: Point) -> str:
@@ -174,7 +180,7 @@ def load_sweep(name: str) -> Sweep:
     if set(values) != {"recipe", "sweep"} or not isinstance(values["recipe"], str):
         raise InputError(f"{path}: {fields}")
     try:
-        return Sweep(values["recipe"], points_of(values["sweep"]))
+        return Sweep(values["recipe"], _distinct(points_of(values["sweep"]), "the sweep"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -65,7 +65,7 @@ def _pretrain(recipe: Recipe, report: Report, session: Session) -> Path:
     mesh = make_mesh(recipe.mesh)
     check_batch(mesh, train.batch_size, train.accumulation)
     dataset, ids, model = load_inputs(recipe)
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, recipe.model.width_share)
     abstract = abstract_state(model, optimizer, mesh)
     check_sharded({"params": abstract.params, "tables": abstract.tables}, mesh)
 

@@ -40,15 +40,52 @@ def _muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW (Loshchilov and Hutter 2019), or Muon for matrices with AdamW for the rest."""
-    rate = learning_rate(config)
-    if config.optimizer == "muon":
-        update = contrib.muon(
-            rate, weight_decay=config.weight_decay, weight_decay_mask=is_matrix, adam_b1=config.b1, adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_axes,
-        )  # fmt: skip
-    else:
-        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=is_matrix)
+def width_shares(params: Any, share: float, muon: bool = False) -> Any:
+    """What the rate of each leaf is multiplied by where the model is 1 / `share` times as wide as the one it was found for.
+
+    muP (Yang et al. 2022, table 3): Adam's step on a matrix whose inputs grow with the width shrinks as they do; vectors,
+    embeddings and what reads features of a fixed width keep theirs. Muon's step is orthogonal, not of low rank, and shrinks as
+    the root.
+    """
+    by_muon = _muon_axes(params) if muon else jax.tree.map(lambda _: None, params)
+
+    def one(path: Any, _: Any, axes: Any) -> float:
+        name = path_name(path)
+        if not name.endswith(("kernel", "/gate", "/up", "/down", "/router")) or name.endswith("static/mlp/up/kernel"):
+            return 1.0
+        return share if axes is None else share**0.5
+
+    return jax.tree_util.tree_map_with_path(one, params, by_muon)
+
+
+def make_optimizer(config: TrainConfig, width_share: float = 1.0) -> optax.GradientTransformation:
+    """Global-norm clip, then AdamW (Loshchilov and Hutter 2019), or Muon for matrices with AdamW for the rest.
+
+    Args:
+        config: rates, decays and the schedule.
+        width_share: `ModelConfig.width_share`. Weight decay does not follow it: a step takes the same share of all matrices,
+            which is what keeps them in proportion (Wang and Aitchison 2024).
+    """
+    rate, decay, muon = learning_rate(config), config.weight_decay, config.optimizer == "muon"
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, update)
+    follows = width_share != 1.0
+    if muon:
+        decay_here = 0.0 if follows else decay
+        update = contrib.muon(
+            -1.0 if follows else rate, weight_decay=decay_here, weight_decay_mask=is_matrix, adam_b1=config.b1,
+            adam_b2=config.b2, adam_weight_decay=decay_here, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_axes,
+        )  # fmt: skip
+    elif follows:
+        update = optax.scale_by_adam(b1=config.b1, b2=config.b2)
+    else:
+        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=is_matrix)
+    if not follows:
+        return optax.chain(clip, update)
+
+    def by_width(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, share: u * share, updates, width_shares(params, width_share, muon))
+
+    return optax.chain(
+        clip, update, optax.stateless(by_width), optax.add_decayed_weights(decay, is_matrix),
+        optax.scale_by_learning_rate(rate),
+    )  # fmt: skip

@@ -163,7 +163,10 @@ class Cluster:
             )
 
     def _processes(self, node: str = "") -> list[psutil.Process]:
-        """Daemons, steps and jobs of this cluster, or of one node; its marks are in their environment."""
+        """Daemons, steps and jobs of this cluster, or of one node.
+
+        Its marks are in their environment; a step's daemon writes over its own, and is the parent of one that has it.
+        """
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -171,14 +174,18 @@ class Cluster:
                 ours = marks.get("SLURM_CONF") == self.environment["SLURM_CONF"] and process.pid != os.getpid()
                 if ours and node in ("", marks.get("SLURMD_NODENAME")):
                     found.append(process)
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        found.append(parent)
         return found
 
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-N", node, SLURMD_NODENAME=node)
 
     def kill_node(self, node: str) -> None:
-        """As when its power fails: its daemon first, which would tell the others, then all else that runs there."""
-        victims = sorted(self._processes(node), key=lambda process: process.name() != "slurmd")
+        """As when its power fails: its daemons first, which would tell how a job ended, then all else that runs there."""
+        daemons = ("slurmd", "slurmstepd")
+        victims = sorted(self._processes(node), key=lambda process: not process.name().startswith(daemons))
         assert victims, f"nothing runs on {node}"
         for process in victims:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -115,7 +115,7 @@ REFUSED = {
         lambda: zipped(param("model.moe", [{}]), param("model.moe.experts", [2])), "zip sets 'model.moe' and 'model.moe.experts'",
     ),
     "a setting and its section": (lambda: prod(param("a.b", [1]), param("a", [{}])), "prod sets 'a.b' and 'a'"),
-    "a value twice": (lambda: param("a", [1, 2, 1]), "param a has the point a=1 more than once"),
+    "a value twice": (lambda: prod(param("a", [1, 2, 1])), "prod has the point a=1 more than once"),
     "a point twice": (lambda: chain(param("a", [1, 2]), param("a", [2])), "chain has the point a=2 more than once"),
     "unequal lengths": (lambda: zipped(param("a", [1, 2]), param("b", [1])), "zip needs sweeps of one length, not of 2, 1 points"),
     "no values": (lambda: param("a", []), "param a has no values"),

@@ -26,9 +26,11 @@ class SharedExperts(nnx.Module):
 class MoE(nnx.Module):
     """MoE(x) = sum over the chosen experts of gate * SwiGLU expert(x) (TR 2.3), plus the shared experts."""
 
-    def __init__(self, d_model: int, config: MoEConfig, rngs: nnx.Rngs, *, scale: float = 1.0):
+    def __init__(
+        self, d_model: int, config: MoEConfig, rngs: nnx.Rngs, *, scale: float = 1.0, router_scale: float = 1.0
+    ):
         self.config = config
-        self.router = _matrices((), d_model, config.experts, rngs)
+        self.router = _matrices((), d_model, config.experts, rngs, router_scale)
         self.gate, self.up, self.down = _swiglu((config.experts,), d_model, config.hidden, rngs, scale)
         width = config.shared * config.hidden
         self.shared = SharedExperts(d_model, width, rngs, scale=scale) if config.shared else None
