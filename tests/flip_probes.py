@@ -270,7 +270,7 @@ def batch(recipe: Recipe, world: World) -> Any:
 def step(recipe: Recipe, world: World) -> Any:
     """The compiler's input for the whole train step of a linear model, dead code removed, and its micro-batches."""
     linear = linear_model(recipe.model, world.dataset.vocabulary(world.ids.codebook_sizes))
-    optimizer = make_optimizer(recipe.train)
+    optimizer = make_optimizer(recipe.train, recipe.model.width_share)
     state = jax.eval_shape(lambda: init_state(linear, optimizer, 0))
     examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
     return jax.jit(make_train_step(linear, recipe, optimizer)).lower(state, examples).as_text(), linear.micro_batches
@@ -278,7 +278,7 @@ def step(recipe: Recipe, world: World) -> Any:
 
 def item_step(recipe: Recipe, world: World) -> Any:
     """The compiler's input for the train step of the recipe's own model."""
-    built, optimizer = _model(recipe, world), make_optimizer(recipe.train)
+    built, optimizer = _model(recipe, world), make_optimizer(recipe.train, recipe.model.width_share)
     state = jax.eval_shape(lambda: init_state(built, optimizer, 0))
     examples = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
     trie = training_trie(recipe.model, world.ids.trie)
@@ -519,7 +519,7 @@ def rl_step(recipe: Recipe, world: World) -> Any:
     """The compiler's input for the whole RL step of a linear model, of three candidates per request."""
     recipe = rl_recipe(recipe)
     linear = linear_model(recipe.model, world.dataset.vocabulary(world.ids.codebook_sizes))
-    optimizer = make_optimizer(recipe.train)
+    optimizer = make_optimizer(recipe.train, recipe.model.width_share)
     state = jax.eval_shape(lambda: init_state(linear, optimizer, 0))
     logged = Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
     shape = (len(logged.user), 3)

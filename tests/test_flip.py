@@ -141,6 +141,7 @@ FLIPS: dict[str, Flip] = {
     "tokenizer.dedup": Flip("extra_level", probe.semantic_ids),
     "tokenizer.resolve": Flip("uniform", probe.semantic_ids),
     "model.d_model": Flip(16, probe.model),
+    "model.base_width": Flip(16, probe.step),
     "model.heads": Flip(4, probe.model),
     "model.head_dim": Flip(5, probe.model),
     "model.head": Flip("items", probe.model, {"model.moe.experts": 0}),

@@ -23,6 +23,7 @@ from onerec_jax.config import Recipe, digest_of
 from onerec_jax.errors import InputError
 from onerec_jax.recipe import load_recipe
 from onerec_jax.scaling.sweep import Point, Sweep, overrides
+from onerec_jax.storage import is_remote
 from onerec_jax.train.goodput import FILE as GOODPUT
 
 PLACED = ("name", "runs", "data.directory", "tokenizer.directory")
@@ -116,9 +117,13 @@ def plan(name: str, sweep: Sweep, changes: Sequence[str] = ()) -> SweepFolder:
 
     Raises:
         InputError: any setting out of place; one that a sweep decides itself, or that is given to all points and to one of them; a
-            point that was begun with other settings than it has now.
+            point that was begun with other settings than it has now; runs in a bucket.
     """
     base = load_recipe(sweep.recipe, list(changes))
+    if is_remote(base.runs):
+        raise InputError(
+            f"runs is {base.runs}, but the folder of a sweep is on a disk; for GKE, where cluster.bucket is mounted as one"
+        )
     folder = Path(base.runs) / "sweeps" / name
     given = {change.partition("=")[0].strip() for change in changes}
     _check_keys(given, DECIDED)

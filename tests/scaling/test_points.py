@@ -81,6 +81,12 @@ def test_a_setting_of_the_points_cannot_be_set_for_all_of_them(recipe_file: str)
         plan("s", Sweep(recipe_file, WIDTHS), ["model.ffn_hidden=8"])
 
 
+def test_a_sweep_in_a_bucket_is_refused_before_anything_is_written(recipe_file: str):
+    with pytest.raises(InputError, match="runs is gs://bucket/runs, but the folder of a sweep is on a disk"):
+        plan("s", Sweep(recipe_file, WIDTHS), ["runs=gs://bucket/runs"])
+    assert not Path("gs:").exists()
+
+
 def test_the_state_of_a_point_is_what_its_files_tell(recipe_file: str):
     run = plan("s", Sweep(recipe_file, WIDTHS)).points[0]
     assert row_of(run, running=False) == Row(run.name, "waiting", 0, 6)
