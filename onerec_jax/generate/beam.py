@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from onerec_jax.generate.top_k import top_k
+from onerec_jax.generate.trie_mask import Allowed
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.onerec import Model, OneRec
-from onerec_jax.model.prefixes import DeviceTrie, children, legal_log_softmax
+from onerec_jax.model.prefixes import DeviceTrie, children
 from onerec_jax.model.table_rows import Table
 from onerec_jax.tokenizer.trie import Trie
 
@@ -48,7 +50,7 @@ class Generated(NamedTuple):
 
 
 LogP = Callable[[Array, Array | None, Array], Array]
-Perturb = Callable[[int, Array, Array], Array]
+Perturb = Callable[[int, Array, Array, Array], Array]
 
 
 def _pick(values: Array, parent: Array) -> Array:
@@ -103,6 +105,7 @@ def grow_beams(
     width: int,
     log_p: LogP,
     perturb: Perturb | None = None,
+    allowed: Allowed | None = None,
     *,
     free: bool,
 ) -> Generated:
@@ -111,8 +114,9 @@ def grow_beams(
     Args:
         log_p: (logits [B,W,V], codes [B,W,J], which of these exist) -> log-probability [B,W,J] of every continuation, -inf
             where there is none. In a free search the codes are None and J is V.
-        perturb: (level, log-probability [B,W,J] of every longer prefix, rank [B,W] of the beams) -> rank [B,W,J] of the
-            prefixes. None: they rank by their log-probability.
+        perturb: (level, log-probability [B,W,J] of every longer prefix, rank [B,W] of the beams, their codes [B,W,level]) ->
+            rank [B,W,J] of the prefixes. None: they rank by their log-probability.
+        allowed: which prefixes a request may go on to (`generate.trie_mask`), of a search along the trie. None: all.
 
     Returns:
         The beams by descending rank; `score` is the sum of `log_p` over levels.
@@ -127,10 +131,12 @@ def grow_beams(
         logits_BxWxV = search.logits(level, last)
         child, token, exists = children(trie, level, jnp.maximum(node, 0))
         total = score[..., None] + log_p(logits_BxWxV, None if free else token, exists)
-        ranks = total if perturb is None else perturb(level, total, rank)
+        if allowed is not None:
+            total = jnp.where(allowed(level, node, total.shape[-1]), total, -jnp.inf)
+        ranks = total if perturb is None else perturb(level, total, rank, codes)
         per_beam = total.shape[-1]
         flat = ranks.reshape(batch, -1)
-        rank, chosen = jax.lax.top_k(flat, min(width, flat.shape[-1]))
+        rank, chosen = top_k(flat, width)
         score = rank if perturb is None else jnp.take_along_axis(total.reshape(batch, -1), chosen, axis=-1)
         parent = chosen // per_beam
         if free:
@@ -157,20 +163,62 @@ def grow_beams(
     return Generated(codes, leaf, score, among_all, among_legal)
 
 
+def penalise_repeats(penalty: float) -> Perturb:
+    """Ranks by log-probability less `penalty` for every better prefix of the same first code: diverse beams.
+
+    The order in which they are taken one after the other, each time the best once what its first code has had is paid for.
+    """
+
+    def perturb(level: int, total_BxWxJ: Array, rank_BxW: Array, codes_BxWxl: Array) -> Array:
+        if not level:
+            return total_BxWxJ
+        group = jnp.broadcast_to(codes_BxWxl[:, :, :1], total_BxWxJ.shape)
+        flat = total_BxWxJ.reshape(total_BxWxJ.shape[0], -1)
+        return (flat - penalty * better_of_group(flat, group.reshape(flat.shape))).reshape(total_BxWxJ.shape)
+
+    return perturb
+
+
+def better_of_group(score_BxM: Array, group_BxM: Array) -> Array:
+    """How many of the same group come before each by descending score, equals by place; int32 [B,M]."""
+
+    def of_row(score: Array, group: Array) -> Array:
+        order = jnp.lexsort((-score, group))
+        place = jnp.arange(len(score), dtype=jnp.int32)
+        opens = jnp.concatenate([jnp.ones(1, bool), group[order][1:] != group[order][:-1]])
+        start = jax.lax.cummax(jnp.where(opens, place, 0))
+        return jnp.zeros(len(score), jnp.int32).at[order].set(place - start)
+
+    return jax.vmap(of_row)(score_BxM, group_BxM)
+
+
 def beam_search(
-    module: OneRec, context: Context, bias: dict[str, Array], trie: DeviceTrie, width: int, *, free: bool
+    module: OneRec,
+    context: Context,
+    bias: dict[str, Array],
+    trie: DeviceTrie,
+    width: int,
+    perturb: Perturb | None = None,
+    allowed: Allowed | None = None,
+    *,
+    free: bool,
 ) -> Generated:
-    """The `width` most probable beams of each encoded request, with the log-probabilities of their codes."""
+    """The `width` most probable beams of each encoded request, with the log-probabilities of their codes.
+
+    `perturb` and `allowed` are as in `grow_beams`.
+    """
     assert module.decoder is not None, "a model with an item head has no codes to search"
     legal = module.decoder.config.softmax == "legal"
 
     def log_p(logits_BxWxV: Array, token: Array | None, exists: Array) -> Array:
         if token is None:
             return jax.nn.log_softmax(logits_BxWxV)
-        every = legal_log_softmax(logits_BxWxV, token, exists)[0] if legal else jax.nn.log_softmax(logits_BxWxV)
-        return jnp.where(exists, jnp.take_along_axis(every, token, axis=-1), -jnp.inf)
+        own = jnp.take_along_axis(logits_BxWxV, token, axis=-1)
+        if legal:
+            return jnp.where(exists, jax.nn.log_softmax(own, axis=-1, where=exists), -jnp.inf)
+        return jnp.where(exists, own - jax.nn.logsumexp(logits_BxWxV, axis=-1, keepdims=True), -jnp.inf)
 
-    return grow_beams(module, context, bias, trie, width, log_p, free=free)
+    return grow_beams(module, context, bias, trie, width, log_p, perturb, allowed, free=free)
 
 
 def make_beam_search(model: Model, width: int, *, free: bool = False) -> Callable[..., Beams]:

@@ -88,7 +88,7 @@ def sample(
             logits_BxWxV = jnp.where(exists, jnp.take_along_axis(logits_BxWxV, token, axis=-1), -jnp.inf)
         return sampling_log_p(logits_BxWxV, temperature, top_k, top_p)
 
-    def perturb(level: int, total_BxWxJ: Array, rank_BxW: Array) -> Array:
+    def perturb(level: int, total_BxWxJ: Array, rank_BxW: Array, codes: Array) -> Array:
         return conditional_gumbel(jax.random.fold_in(key, level), total_BxWxJ, rank_BxW)
 
     return grow_beams(module, context, bias, trie, width, log_p, perturb, free=free)
