@@ -37,6 +37,7 @@ from onerec_jax.evaluate.evaluation import evaluate
 from onerec_jax.evaluate.floors import fit_floor
 from onerec_jax.evaluate.held_out import make_watch
 from onerec_jax.evaluate.requests import collect_requests
+from onerec_jax.evaluate.rerank import Reranker
 from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank
@@ -463,6 +464,16 @@ def judged_board(recipe: Recipe, world: World) -> Any:
         return board(recipe, world)
     except InputError as error:
         return str(error)
+
+
+def reranked(recipe: Recipe, world: World) -> Any:
+    """What a reranker lists where the reward model likes the last item most."""
+    run = SimpleNamespace(
+        recipe=recipe, recommend=lambda *_, **__: (np.array([[1, 2, 3]]), np.array([[-1.0, -1.1, -2.0]]))
+    )
+    scorer: Any = lambda *_: {"p_score": np.array([[0.1, 0.2, 0.3]])}  # noqa: E731
+    items, scores = Reranker(run, scorer).recommend(np.zeros((1, 4)), None, 3)  # type: ignore[arg-type]
+    return items.tolist(), scores.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- posttrain

@@ -255,6 +255,8 @@ FLIPS: dict[str, Flip] = {
     "evaluate.targets": Flip("all", probe.board, BOARD),
     "evaluate.free_examples": Flip(3, probe.board, BOARD),
     "evaluate.reward_run": Flip("no-such-run", probe.judged_board, BOARD),
+    "evaluate.rerank": Flip(7, probe.judged_board, BOARD),
+    "evaluate.rerank_weight": Flip(0.5, probe.reranked, {"evaluate.rerank": 5}),
     "evaluate.floors": Flip(["popularity"], probe.board, BOARD),
     "evaluate.recent_days": Flip(1.0, probe.floor_scores, {"evaluate.floors": ["recent_popularity"]}),
     "evaluate.ease_lambda": Flip(10.0, probe.floor_scores, {"evaluate.floors": ["ease"]}),

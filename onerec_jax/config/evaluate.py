@@ -45,6 +45,13 @@ class EvaluateConfig(Section):
         None,
         "RUN or RUN@STEP of a reward model: the mean P-Score and learnt rewards of what is served are reported too",
     )
+    rerank: int = setting(
+        0,
+        "so many items of a list are ranked anew by expected score, P times P-Score to the power of rerank_weight, as the reward "
+        "model of reward_run has it; 0 = none",
+        ge=0,
+    )
+    rerank_weight: float = setting(1.0, "weight of the reward model in that: 1 ranks by the expected reward", ge=0)
     floors: tuple[Literal["popularity", "recent_popularity", "markov", "item_knn", "ease"], ...] = setting(
         ("popularity", "markov", "item_knn"), "baselines printed beside the model"
     )

@@ -21,6 +21,7 @@ from onerec_jax.evaluate.floors import fit_floor
 from onerec_jax.evaluate.jackknife import Interval, interval, mean_over_users
 from onerec_jax.evaluate.metrics import coverage, ranking_metrics, value
 from onerec_jax.evaluate.requests import Requests, collect_requests
+from onerec_jax.evaluate.rerank import ranked
 from onerec_jax.generate.ranking import rank
 from onerec_jax.generate.recommender import Recommender, slice_ragged
 from onerec_jax.parallel.mesh import make_mesh
@@ -149,7 +150,7 @@ def evaluate(recommender: Recommender, report: Callable[[str], None] = print) ->
     requests = collect_requests(dataset, recipe)
     seen = requests.context if settings.exclude_seen else None
     started = time.perf_counter()
-    lists = recommender.recommend(requests.examples, seen, max(settings.ks), progress=True)[0]
+    lists = ranked(recommender).recommend(requests.examples, seen, max(settings.ks), progress=True)[0]
     model = _measure(requests, dataset, recipe)(lists)
     report(f"lists for {len(requests)} requests: {time.perf_counter() - started:.1f} s")
     if settings.free_examples and recipe.model.head != "items" and recipe.model.softmax == "all":

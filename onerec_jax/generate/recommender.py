@@ -21,6 +21,7 @@ from onerec_jax.generate.beam import Beams, make_beam_search, resolve_items
 from onerec_jax.generate.inferences import average_lists, leave_out
 from onerec_jax.generate.label_shift import label_shift, shifted
 from onerec_jax.generate.ranking import Ragged, rank
+from onerec_jax.generate.step import Catalogue, ListOptions, Lists, make_catalogue, make_recommend_step
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie, device_trie, legal_log_probabilities
@@ -51,7 +52,7 @@ class Recommender:
     def with_state(self, state: TrainState) -> Recommender:
         """The same with other parameters; what was compiled is kept."""
         other = dataclasses.replace(self, state=state)
-        kept = ("_mesh", "_trie", "_search", "_free_search", "_score_all", "_score_codes")
+        kept = ("_mesh", "_trie", "_search", "_free_search", "_score_all", "_score_codes", "_steps")
         vars(other).update({name: value for name, value in vars(self).items() if name in kept})
         return other
 
@@ -147,6 +148,41 @@ class Recommender:
         return device_trie(self.ids.trie, self.recipe.model)
 
     @functools.cached_property
+    def catalogue(self) -> Catalogue:
+        """All items, for the step of `generate/step.py`."""
+        items = self.dataset.items
+        return make_catalogue(self.ids.trie, self.recipe.model, items.author, items.tag, self.shift)
+
+    @functools.cached_property
+    def _steps(self) -> dict[ListOptions, Callable[..., Lists]]:
+        """Compiled once for each way in which lists are made."""
+        return {}
+
+    def lists(
+        self, examples: np.ndarray, exclude: list[np.ndarray], allow: list[np.ndarray] | None, options: ListOptions
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lists of item rows int32 [N,k] (-1 = nothing) and their scores by the step that is exported and served.
+
+        Args:
+            examples: as `recommend`.
+            exclude: items that each request may not list.
+            allow: the only items that each request may list, None = all.
+            options: how lists are made.
+        """
+        if options not in self._steps:
+            self._steps[options] = on_mesh(self._mesh, make_recommend_step(self.model, options))
+        step = self._steps[options]
+        left_out, kept = padded_lists(exclude), None if allow is None else padded_lists(allow)
+        parts = []
+        for first, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
+            rows = np.resize(np.arange(first, first + count), batch.user.shape[0])
+            given = put_batch((left_out[rows], None if kept is None else kept[rows]), self._mesh)
+            found = step(self.state.params, self.state.tables, self.state.bias, self.catalogue, batch, *given)
+            parts.append([np.asarray(part)[:count] for part in found])
+        items, scores = zip(*parts, strict=True)
+        return np.concatenate(items), np.concatenate(scores)
+
+    @functools.cached_property
     def _score_codes(self) -> Callable[..., jax.Array]:
         """(params, tables, bias, batch, trie) -> log P of every target [B,T], the sum over its codes."""
 
@@ -184,7 +220,7 @@ class Recommender:
 
     def _corrected(self, log_p_BxI: np.ndarray) -> np.ndarray:
         """The item head's log-probabilities, corrected where `evaluate.label_shift_days` asks for it."""
-        return log_p_BxI if self._shift is None else shifted(log_p_BxI, self._shift)
+        return log_p_BxI if self.shift is None else shifted(log_p_BxI, self.shift)
 
     def item_frequencies(self) -> np.ndarray:
         """Mean P(item) float64 [I] by the item head over `SHIFT_USERS` users as they are where train ends.
@@ -207,8 +243,8 @@ class Recommender:
         return total / len(examples)
 
     @functools.cached_property
-    def _shift(self) -> np.ndarray | None:
-        """What `label_shift` adds."""
+    def shift(self) -> np.ndarray | None:
+        """What `label_shift` adds to the item head's log-probabilities, float32 [I]; None where it is not asked for."""
         settings = self.recipe.evaluate
         if not settings.label_shift_days:
             return None
@@ -244,6 +280,15 @@ class Recommender:
             legal += int((self.ids.trie.find(codes) >= 0).sum())
             beams_seen += len(codes)
         return legal / max(1, beams_seen)
+
+
+def padded_lists(lists: list[np.ndarray]) -> np.ndarray:
+    """Lists of items as one array int32 [N,X], -1 = none; X is a power of two, so that few shapes are compiled."""
+    longest = max((len(items) for items in lists), default=0)
+    padded = np.full((len(lists), 1 << max(0, longest - 1).bit_length()), -1, np.int32)
+    for row, items in zip(padded, lists, strict=True):
+        row[: len(items)] = items
+    return padded
 
 
 def slice_ragged(ragged: Ragged | None, part: slice) -> Ragged | None:
