@@ -6,7 +6,7 @@ import glob
 import os
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -243,18 +243,65 @@ def evaluate(run: RunName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cold(
+    run: RunName,
+    overrides: Overrides = None,
+    draft: Annotated[int, typer.Option(help="candidates of a round", min=1)] = 50,
+    threshold: Annotated[float | None, typer.Option(help="mean log P to accept; by default the best on valid")] = None,
+    levels: Annotated[int, typer.Option(help="codes of new items that count; 0 = the best, or all but one", min=0)] = 0,
+) -> None:
+    """Recall of warm and of new items apart: of a run, of drafts by content that it verified, and of the drafter alone."""
+    from onerec_jax.evaluate.cold_start import evaluate_cold
+    from onerec_jax.generate.cold import ColdOptions
+    from onerec_jax.generate.load import load_recommender
+
+    recommender = load_recommender(run, overrides or [])
+    options = ColdOptions(draft, threshold or 0.0, levels or None)
+    say(evaluate_cold(recommender, options, choose=threshold is None, report=say).table())
+
+
+@app.command()
 def recommend(
     run: RunName,
     user: Annotated[str, typer.Option(help="the user's id, as in the log")],
     overrides: Overrides = None,
     top: Annotated[int, typer.Option(help="how many items", min=1)] = 5,
+    leave_out: Annotated[str, typer.Option(help="items not to list, ID,ID,..")] = "",
+    only: Annotated[str, typer.Option(help="the only items to list, ID,ID,..")] = "",
+    diversity: Annotated[
+        float, typer.Option(help="price, in log P, of every better item of the same group", min=0)
+    ] = 0.0,
+    diverse_by: Annotated[Literal["code", "author"], typer.Option(help="the group: first code, or author")] = "code",
 ) -> None:
     """Recommend items to one user after all that the log knows of them."""
+    from onerec_jax.evaluate.rerank import Reranker
     from onerec_jax.generate.load import load_recommender
     from onerec_jax.generate.recommendation import recommend_to
 
-    for part in recommend_to(load_recommender(run, overrides or []), user, top):
+    loaded = load_recommender(run, overrides or [])
+    options: Any = {"leave_out": leave_out, "only": only, "diversity": diversity, "diverse_by": diverse_by}
+    ranks = Reranker.of(loaded) if loaded.recipe.evaluate.rerank else None
+    for part in recommend_to(loaded, user, top, **options, ranks=ranks):
         say(part)
+
+
+@app.command()
+def export(
+    run: RunName,
+    to: Annotated[str, typer.Option(help="the folder to write; an older export there is replaced")],
+    overrides: Overrides = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16 or int8")] = "float32",
+    top: Annotated[int, typer.Option(help="items of a list", min=1)] = 10,
+    beams: Annotated[int, typer.Option(help="beams of a search, 0 = evaluate.beam_width", min=0)] = 0,
+    users: Annotated[int, typer.Option(help="sample users, whose histories go with it; 0 = none", min=0)] = 50,
+    shard_gb: Annotated[float, typer.Option(help="most gigabytes of a file of weights", min=0)] = 5.0,
+) -> None:
+    """Write a run as a directory that JAX, PyTorch and any program that runs StableHLO can load, without this package."""
+    from onerec_jax.export.verb import export_run
+
+    width = beams or None
+    place = export_run(run, to, overrides or [], dtype=dtype, k=top, width=width, users=users, shard_gb=shard_gb)
+    say(f"export: {place}")
 
 
 @app.command()
@@ -329,6 +376,26 @@ def fit(
         print(to_json(found))
     else:
         say(tables(found))
+
+
+@app.command()
+def serve(
+    directory: Annotated[str, typer.Argument(help="an export directory", metavar="DIR")],
+    host: Annotated[
+        str, typer.Option(help="address to listen at; the default is for this machine alone")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 = any that is free")] = 8000,
+    beams: Annotated[str, typer.Option(help="numbers of beams on offer, W,W,..; by default that of the export")] = "",
+    max_batch: Annotated[int, typer.Option(help="requests that one run of the model answers")] = 64,
+    max_wait_ms: Annotated[float, typer.Option(help="how long a request may wait for others")] = 5.0,
+    queue: Annotated[int, typer.Option(help="requests that may wait at a time")] = 256,
+) -> None:
+    """Serve an export over HTTP, with a page to try it on. For trying and load-testing, not for the open internet."""
+    from onerec_jax.serve import server
+    from onerec_jax.serve.released import load_released
+
+    settings = server.Settings(host, port, server.numbers(beams), max_batch, max_wait_ms, queue)
+    server.serve(load_released(directory), settings, say)
 
 
 @app.command()

@@ -26,6 +26,7 @@ ROAD = (
     "launch",
     "scaling",
     "export",
+    "serve",
     "cli",
 )
 SHARED = {"config", "recipe", "errors", "parallel", "storage"}

@@ -121,7 +121,7 @@ class TrainConfig(Section):
         None, "first..last step that an XProf trace is written of, into the run's folder profile, such as 100..105",
         pattern=r"^[1-9][0-9]*\.\.[1-9][0-9]*$",
     )  # fmt: skip
-    init_from: str | None = setting(None, "RUN or RUN@STEP whose parameters to start from")
+    init_from: str | None = setting(None, "RUN, RUN@STEP or an export directory whose parameters to start from")
 
     def half_life_at(self, step: int) -> float:
         """`half_life_days` from the step on where it sets in, 0 before."""

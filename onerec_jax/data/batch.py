@@ -216,11 +216,11 @@ def _fill_contexts(
     before_ms = [_time_before(history, span.window_start) for history, span in pairs] if model.causal else None
     _fill_pathway(batch.short, group, dataset, codes, short, request_ms, before_ms)
     if model.positive_length:
-        positive = [_positive(history, span.cut, model.positive_length) for history, span in pairs]
+        positive = [positive_run(history, span.cut, model.positive_length) for history, span in pairs]
         _fill_pathway(batch.positive, group, dataset, codes, positive, request_ms)
     if model.lifelong_length:
         refresh = dataset.lifelong_refresh
-        lifelong = [_lifelong(history, span.cut, model.lifelong_length, refresh) for history, span in pairs]
+        lifelong = [lifelong_run(history, span.cut, model.lifelong_length, refresh) for history, span in pairs]
         _fill_pathway(batch.lifelong, group, dataset, codes, lifelong, request_ms)
 
 
@@ -234,12 +234,13 @@ def _time_before(history: History, position: int) -> int:
     return int(history.timestamp_ms[max(0, position - 1)]) if len(history.rows) else 0
 
 
-def _positive(history: History, cut: int, length: int) -> np.ndarray:
+def positive_run(history: History, cut: int, length: int) -> np.ndarray:
+    """The last `length` positive events of a context, ROW [n]."""
     return history.rows[history.positive[:cut].nonzero()[0][-length:]]
 
 
-def _lifelong(history: History, cut: int, length: int, refresh: int) -> np.ndarray:
-    """The clusters of the latest snapshot within the context, then the events after it; the last `length` of them."""
+def lifelong_run(history: History, cut: int, length: int, refresh: int) -> np.ndarray:
+    """The clusters of the latest snapshot within a context, then the events after it; the last `length` of them, ROW [n]."""
     snapshot = cut // refresh
     recent = history.rows[max(snapshot * refresh, cut - length) : cut]
     room = length - len(recent)

@@ -53,8 +53,10 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
-def check_files(directory: Path, files: dict[str, dict[str, Any]], by_size: Iterable[str] = ()) -> None:
-    """Checks every file of a card's `checksums`; those named in `by_size` are not read.
+def check_files(
+    directory: Path, files: dict[str, dict[str, Any]], by_size: Iterable[str] = (), card: str = "card.json"
+) -> None:
+    """Checks every file of the `checksums` in a `card`; those named in `by_size` are not read.
 
     Raises:
         OSError: a file is missing.
@@ -67,12 +69,12 @@ def check_files(directory: Path, files: dict[str, dict[str, Any]], by_size: Iter
             raise FileNotFoundError(f"{name} is missing")
         size = path.stat().st_size
         if size != written["bytes"]:
-            raise ValueError(f"{name} has {size} bytes, card.json says {written['bytes']}")
+            raise ValueError(f"{name} has {size} bytes, {card} says {written['bytes']}")
         if name in unread:
             continue
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
-                raise ValueError(f"{name} is not the file that card.json tells of")
+                raise ValueError(f"{name} is not the file that {card} tells of")
 
 
 def _digest(card: dict[str, Any]) -> str:

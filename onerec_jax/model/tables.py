@@ -120,7 +120,11 @@ def localise(
         touched[name] = None
         if mesh is not None:
             touched[name], local = distinct_over_mesh(mesh, local, past)
-        elif settings.optional or ((touched_only or rows >= SPREAD_ROWS) and total < rows):
+        elif settings.optional or (
+            (touched_only or rows >= SPREAD_ROWS)
+            and isinstance(total, int)  # not of a program that is exported for any number of requests, which only reads
+            and total < rows
+        ):
             flat = jnp.concatenate([i.reshape(-1) for i in local.values()])
             size = min(total, past + 1)
             touched[name], inverse = jnp.unique(flat, size=size, fill_value=past, return_inverse=True)

@@ -75,6 +75,16 @@ def platform() -> str:
     return _platform.get() or jax.default_backend()
 
 
+@contextlib.contextmanager
+def on_platform(name: str) -> Iterator[None]:
+    """Everything traced within is for this platform; any other name than JAX's for what is for all of them."""
+    before = _platform.set(name)
+    try:
+        yield
+    finally:
+        _platform.reset(before)
+
+
 def _placed(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """Devices in the shape of the mesh; an axis that is no product of sides of the torus (8 in 4 x 4 x 4) takes parts of them."""
     try:
@@ -86,12 +96,8 @@ def _placed(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Everything traced within is for this mesh, whose devices need not be of this machine."""
-    before = _platform.set(mesh.devices.flat[0].platform)
-    try:
-        with jax.set_mesh(mesh):
-            yield
-    finally:
-        _platform.reset(before)
+    with on_platform(mesh.devices.flat[0].platform), jax.set_mesh(mesh):
+        yield
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,10 +25,11 @@ from onerec_jax.model.table_rows import from_step_zero
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import check_sharded, put_batch
-from onerec_jax.storage import write_text
+from onerec_jax.storage import folder, write_text
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.train.checkpoint import Checkpoints, has_checkpoint, parse_run
 from onerec_jax.train.divergence import Divergence
+from onerec_jax.train.exported import is_export, start_from_export
 from onerec_jax.train.flops import peak_flops, request_flops
 from onerec_jax.train.metrics import MetricsLog, add, ratios
 from onerec_jax.train.optimizer import make_optimizer
@@ -171,7 +172,9 @@ def _write(log: MetricsLog | None, step: int, values: dict[str, float]) -> None:
 
 
 def _other_run(abstract: TrainState, recipe: Recipe) -> dict[str, Any]:
-    """Parameters, tables and biases of the run that `train.init_from` names."""
+    """Parameters, tables and biases of the run, or of the export directory, that `train.init_from` names."""
+    if is_export(exported := folder(recipe.train.init_from or "")):
+        return start_from_export(exported, abstract, recipe)
     source, step = served_run(*parse_run(recipe.train.init_from or "", recipe.runs))
     other = Checkpoints(source)
     try:

@@ -83,21 +83,33 @@ def ours(recipe: Recipe, size: int, targets: int) -> Callable[[], None]:
     return run
 
 
+def t5_config(*, use_cache: bool):
+    """Of Hugging Face's T5 in the TIGER shape; its tokens are 0 = start and padding, then codes level by level, then users."""
+    return importlib.import_module("transformers").T5Config(
+        vocab_size=1 + LEVELS * CODES + USERS, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6,
+        dropout_rate=0.1, feed_forward_proj="relu", decoder_start_token_id=0, pad_token_id=0, use_cache=use_cache,
+    )  # fmt: skip
+
+
+def t5_codes(codes: np.ndarray) -> np.ndarray:
+    """Tokens of codes [..., C], int64."""
+    return (codes + 1 + CODES * np.arange(LEVELS)).astype(np.int64)
+
+
+def t5_context(batch: Batch) -> np.ndarray:
+    """What T5's encoder reads: the user's token, then every code of the history; int64 [B,1+L*C]."""
+    items = t5_codes(batch.short.codes).reshape(len(batch.user), -1)
+    return np.concatenate([1 + LEVELS * CODES + batch.user.astype(np.int64), items], axis=1)
+
+
 def torch_t5(size: int, *, compiled: bool) -> Callable[[], None]:
     """A train step of Hugging Face's T5."""
     torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=1 + LEVELS * CODES + USERS, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6,
-        dropout_rate=0.1, feed_forward_proj="relu", decoder_start_token_id=0, pad_token_id=0, use_cache=False,
-    )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config).train()
+    model = transformers.T5ForConditionalGeneration(t5_config(use_cache=False)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     batch = made_up_batch(size, 1, causal=False)
-    offsets = 1 + CODES * np.arange(LEVELS)
-    items = (batch.short.codes + offsets).reshape(size, -1)
-    tokens = torch.from_numpy(np.concatenate([1 + LEVELS * CODES + batch.user, items], axis=1).astype(np.int64))
-    labels = torch.from_numpy((batch.targets[:, 0] + offsets).astype(np.int64))
+    tokens, labels = torch.from_numpy(t5_context(batch)), torch.from_numpy(t5_codes(batch.targets[:, 0]))
     mask = torch.ones_like(tokens)
     forward = torch.compile(model) if compiled else model
 

@@ -1,0 +1,1 @@
+"""The export room: from a run to a directory that other programs load, without this package."""

@@ -1,0 +1,210 @@
+"""Speed of generation: trie-constrained beam search of the TIGER shape against the same shape and width in Hugging Face's T5.
+
+    pip install torch transformers
+    python tools/bench/generate.py              float32, all cores, 50 beams, batches of 1 and more
+
+TIGER: a user token and 20 items of 4 codes in, 4 codes out; 4 + 4 layers, width 128, 6 heads of 64, feed-forward 1024; 12,101
+items whose IDs are random. T5 generates as public code of TIGER does: `generate` with 50 beams, all of them returned, and
+`prefix_allowed_tokens_fn` that looks prefixes up in a dict. Contestants take turns on the same made-up full histories, with
+parameters of their own at random; whatever compiles has done so before. OneRec runs the recipe `beauty_small`: one token an
+item, three codes and the one that tells items apart, and an item head that scores every item besides.
+
+What comes out is checked: every ID of either exists, and ours are the beams that NumPy finds over the teacher-forced scores of
+every item of the catalogue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tiger import CODES, ITEMS, LEVELS, USERS, made_up_batch, made_up_codes, t5_codes, t5_config, t5_context
+
+from onerec_jax.config import Recipe
+from onerec_jax.data.schema import Vocabulary
+from onerec_jax.evaluate.board import load_board
+from onerec_jax.generate.beam import make_beam_search
+from onerec_jax.generate.scoring import code_log_p
+from onerec_jax.model.onerec import Model, build
+from onerec_jax.model.prefixes import device_trie
+from onerec_jax.recipe import load_recipe
+from onerec_jax.tokenizer.trie import Trie
+
+AT_ONCE = 1024  # items that one teacher-forced pass of the check scores
+
+
+@dataclasses.dataclass
+class Contestant:
+    """A search of one batch, which returns its IDs int [B,W,C], and what was measured of it."""
+
+    name: str
+    batch: int
+    run: Callable[[], np.ndarray]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Requests a second, at the median."""
+        return self.batch / statistics.median(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """A model with random parameters."""
+
+    model: Model
+    params: dict
+    tables: dict
+    bias: dict
+
+    @classmethod
+    def make(cls, recipe: Recipe) -> Ours:
+        model = build(recipe.model, Vocabulary(USERS, ITEMS, 1, 221, (), (), (CODES,) * LEVELS))
+        return cls(model, *model.init(0), model.init_bias())
+
+    @property
+    def given(self) -> tuple[dict, dict, dict]:
+        return self.params, self.tables, self.bias
+
+    def contestant(self, name: str, trie: Trie, size: int, width: int) -> Contestant:
+        search = make_beam_search(self.model, width)
+        batch = jax.device_put(made_up_batch(size, 1, self.model.config.causal))
+        on_device = device_trie(trie, self.model.config)
+        compiled = search.lower(*self.given, batch, on_device).compile()  # type: ignore[attr-defined]  # jitted
+
+        def run() -> np.ndarray:
+            beams = jax.block_until_ready(compiled(*self.given, batch, on_device))
+            return np.asarray(beams.codes)
+
+        return Contestant(name, size, run)
+
+
+def next_codes(codes_IxC: np.ndarray) -> dict[tuple[int, ...], list[int]]:
+    """The tokens that may follow each prefix of tokens, as a dict."""
+    found: dict[tuple[int, ...], set[int]] = {}
+    for tokens in t5_codes(codes_IxC).tolist():
+        for level, token in enumerate(tokens):
+            found.setdefault(tuple(tokens[:level]), set()).add(token)
+    return {prefix: sorted(tokens) for prefix, tokens in found.items()}
+
+
+def torch_t5(codes_IxC: np.ndarray, sizes: list[int], width: int) -> list[Contestant]:
+    """Hugging Face's `generate`, one contestant a batch size, all with the same parameters."""
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(t5_config(use_cache=True)).eval()
+    model.generation_config.eos_token_id = None  # an ID ends by its length, and token 1 is a code
+    following = next_codes(codes_IxC)
+
+    def contestant(size: int) -> Contestant:
+        tokens = torch.from_numpy(t5_context(made_up_batch(size, 1, causal=False)))
+        mask = torch.ones_like(tokens)
+
+        def run() -> np.ndarray:
+            with torch.inference_mode():
+                found = model.generate(
+                    input_ids=tokens, attention_mask=mask, num_beams=width, num_return_sequences=width,
+                    max_new_tokens=LEVELS, min_new_tokens=LEVELS, do_sample=False,
+                    prefix_allowed_tokens_fn=lambda _, prefix: following[tuple(prefix[1:].tolist())],
+                )  # fmt: skip
+            return found[:, 1:].numpy().reshape(size, width, LEVELS) - t5_codes(np.zeros(LEVELS, np.int64))
+
+        return Contestant("T5, Hugging Face generate", size, run)
+
+    return [contestant(size) for size in sizes]
+
+
+def beams_by_hand(log_p_IxC: np.ndarray, codes_IxC: np.ndarray, width: int) -> list[tuple[int, ...]]:
+    """The IDs that a beam search ends with, best first, from log P of every code of every item of one request."""
+    total = np.cumsum(log_p_IxC.astype(np.float64), axis=1)
+    alive = np.ones(len(codes_IxC), bool)
+    best: list[tuple[int, ...]] = []
+    for level in range(codes_IxC.shape[1]):
+        prefixes = {tuple(codes_IxC[i, : level + 1].tolist()): total[i, level] for i in np.flatnonzero(alive)}
+        best = sorted(prefixes, key=lambda prefix: -prefixes[prefix])[:width]
+        kept = set(best)
+        alive &= np.array([tuple(codes) in kept for codes in codes_IxC[:, : level + 1].tolist()])
+    return best
+
+
+def check_ours(ours: Ours, trie: Trie, codes_IxC: np.ndarray, found_BxWxC: np.ndarray) -> None:
+    """Asserts that the first request's beams are those of `beams_by_hand`, but for what float32 cannot tell apart."""
+    width, on_device = found_BxWxC.shape[1], device_trie(trie, ours.model.config)
+    batch = made_up_batch(len(found_BxWxC), 1, ours.model.config.causal)
+
+    @jax.jit
+    def score(params, tables, bias, codes_BxJxC):
+        context = ours.model.encode(params, tables, bias, batch)
+        return code_log_p(ours.model.bind(params), context, bias, on_device, codes_BxJxC)[0]
+
+    parts = []
+    for first in range(0, len(codes_IxC), AT_ONCE):
+        part = np.resize(codes_IxC[first : first + AT_ONCE], (AT_ONCE, LEVELS))
+        parts.append(np.asarray(score(*ours.given, jnp.broadcast_to(part, (len(found_BxWxC), *part.shape)))))
+    log_p_IxC = np.concatenate(parts)[: len(codes_IxC)]
+    by_hand = beams_by_hand(log_p_IxC, codes_IxC, width)
+    score_of = {tuple(c): s for c, s in zip(codes_IxC.tolist(), log_p_IxC.sum(1).tolist(), strict=True)}
+    mine = [tuple(codes) for codes in found_BxWxC[0].tolist()]
+    assert len(set(mine)) == width, "an ID came twice"
+    gaps = [abs(score_of[a] - score_of[b]) for a, b in zip(mine, by_hand, strict=True)]
+    assert max(gaps) < 1e-4, f"beams differ from those by hand by {max(gaps)} in log P"
+
+
+def report(contestants: list[Contestant], width: int) -> Table:
+    """Medians, spread and ratios; those of T5 are to its best batch, at batch 1 also to its batch of 1."""
+    theirs = [c for c in contestants if c.name.startswith("T5")]
+    best, single = max(c.rate for c in theirs), next((c.rate for c in theirs if c.batch == 1), float("nan"))
+    title = f"generation, {width} beams, float32"
+    table = Table(
+        "", "batch", "ms: median", "least", "most", "requests/s", "x T5 at its best", "x T5 of 1", title=title
+    )
+    for c in contestants:
+        ms = [1000 * s for s in c.seconds]
+        table.add_row(
+            c.name, str(c.batch), f"{statistics.median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{c.rate:.1f}",
+            f"{c.rate / best:.1f}", f"{c.rate / single:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=50, help="beams")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of ours")
+    parser.add_argument("--torch-batches", type=int, nargs="+", default=[1, 8, 16], help="of T5")
+    parser.add_argument("--repeats", type=int, default=7, help="searches of each, in turn")
+    given = parser.parse_args()
+    codes = made_up_codes()
+    trie = Trie.build(codes, np.zeros(ITEMS))
+    tiger = Ours.make(load_recipe("beauty_small", load_board("beauty").rows["TIGER"]))
+    onerec = Ours.make(load_recipe("beauty_small"))
+    contestants = [
+        *torch_t5(codes, given.torch_batches, given.width),
+        *(tiger.contestant("TIGER shape, onerec_jax", trie, size, given.width) for size in given.batches),
+        *(onerec.contestant("OneRec, one token an item", trie, size, given.width) for size in given.batches),
+    ]
+    for contestant in contestants:
+        found = contestant.run()
+        assert (trie.find(found.reshape(-1, LEVELS)) >= 0).all(), f"{contestant.name}: an ID is no item's"
+        if contestant.batch == given.batches[0] and contestant.name.startswith("TIGER"):
+            check_ours(tiger, trie, codes, found)
+    for _ in track(range(given.repeats), "rounds"):
+        for contestant in contestants:
+            started = time.perf_counter()
+            contestant.run()
+            contestant.seconds.append(time.perf_counter() - started)
+    Console(width=110).print(report(contestants, given.width))
+
+
+if __name__ == "__main__":
+    main()
