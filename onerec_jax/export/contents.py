@@ -31,7 +31,7 @@ def contents_of(recommender: Recommender, dtype: DType, k: int, width: int, user
         dtype: as which the weights will be stored.
         k: items of a list.
         width: beams.
-        users: sample users, chosen at random among those with a history; 0 = none.
+        users: sample users, the first of those with a history; 0 = none.
     """
     dataset, ids, model = recommender.dataset, recommender.ids, recommender.model
     state, settings = recommender.state, recommender.recipe.evaluate
@@ -121,13 +121,12 @@ def lifelong_content(dataset: Dataset, ids: SemanticIds) -> np.ndarray:
 
 
 def sample_users(dataset: Dataset, model: Any, count: int) -> list[dict[str, Any]]:
-    """A seeded sample of users as JSON values: id, row, features and the latest events, oldest first.
+    """The first users with a history as JSON values: id, row, features and the latest events, oldest first.
 
     `seen` are items met before those; `positive` and `lifelong`, where the model has these pathways, what stands in them.
     """
-    order = np.random.default_rng(0).permutation(dataset.num_users)
     found: list[dict[str, Any]] = []
-    for row in order.tolist():
+    for row in range(dataset.num_users):
         if len(found) == count:
             break
         history = dataset.history(row)
@@ -148,7 +147,7 @@ def sample_users(dataset: Dataset, model: Any, count: int) -> list[dict[str, Any
             run = lifelong_run(history, n, model.lifelong_length, dataset.lifelong_refresh)
             user["lifelong"] = event_values(run, dataset.labels)
         found.append(user)
-    return sorted(found, key=lambda user: user["row"])
+    return found
 
 
 def event_values(rows: np.ndarray, labels: tuple[str, ...]) -> list[dict[str, Any]]:

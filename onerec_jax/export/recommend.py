@@ -289,13 +289,18 @@ def load(directory: str | Path, hurried: bool = False) -> Served:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A list for one of the sample users of this export.")
-    parser.add_argument("--user", required=True, help="the user's id, as in users.jsonl")
+    parser.add_argument("--user", help="the user's id, as in users.jsonl; by default the first there")
     parser.add_argument(
         "--directory", default=str(Path(__file__).resolve().parent), help="the export; by default this one"
     )
     options = parser.parse_args(arguments)
     served = load(options.directory, hurried=True)
     users = {str(user["id"]): user for user in served.users()}
+    if not users:
+        raise ValueError(
+            "users.jsonl is empty: this was exported with --users 0; `recommend` takes features of your own"
+        )
+    options.user = options.user or next(iter(users))
     if options.user not in users:
         raise ValueError(f"no user '{options.user}' in users.jsonl; ids there look like {', '.join(list(users)[:3])}")
     user = users[options.user]

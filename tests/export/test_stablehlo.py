@@ -20,6 +20,8 @@ from onerec_jax.export.artifact import Artifact, load_artifact, write_artifact
 from onerec_jax.export.contents import contents_of
 from onerec_jax.generate.recommender import Recommender, scores_of_items
 from onerec_jax.generate.step import ListOptions, Lists, make_recommend_step
+from onerec_jax.model.onerec import build
+from onerec_jax.model.tables import lookup, stored_rows
 
 CAUSAL = {**ALONE, "head": "both", "softmax": "legal", "causal": True}
 MEMORY = {**SHAPES["OneRec with a memory"], "item_memory": 5}
