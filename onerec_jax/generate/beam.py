@@ -23,7 +23,7 @@ from onerec_jax.generate.trie_mask import Allowed
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.onerec import Model, OneRec
-from onerec_jax.model.prefixes import DeviceTrie, children
+from onerec_jax.model.prefixes import DeviceTrie, children, legal_codes, step_down
 from onerec_jax.model.table_rows import Table
 from onerec_jax.tokenizer.trie import Trie
 
@@ -49,7 +49,7 @@ class Generated(NamedTuple):
     log_p_legal: Array  # float32 [B,W,C], the same among those that go on to an item; -inf for any other
 
 
-LogP = Callable[[Array, Array | None, Array], Array]
+LogP = Callable[[Array, Array, Array | None], Array]
 Perturb = Callable[[int, Array, Array, Array], Array]
 
 
@@ -90,11 +90,25 @@ class _Search:
         self.past = jax.tree.map(lambda a: pick(a, parent_BxW), self.past)
 
 
-def _step_down(trie: DeviceTrie, level: int, node_x: Array, code_x: Array) -> Array:
-    """The node that a code leads to, int32 [...]; -1 where it goes on to no item, or what came before did not."""
-    child, token, exists = children(trie, level, jnp.maximum(node_x, 0))
-    own = (token == code_x[..., None]) & exists & (node_x >= 0)[..., None]
-    return jnp.max(jnp.where(own, child, -1), axis=-1)
+class _Candidates(NamedTuple):
+    """How beams may go on at one level: J places each, which are codes where `token` is None, else children."""
+
+    logits: Array  # [B,W,J]
+    exists: Array | None  # bool [B,W,J]; None in a free search, where every code does
+    token: Array | None  # int32 [B,W,J]
+    legal: Array  # log of the sum of exp(logits) of the codes that go on to an item [B,W]
+
+
+def _candidates(trie: DeviceTrie, level: int, node_BxW: Array, logits_BxWxV: Array, *, free: bool) -> _Candidates:
+    node = jnp.maximum(node_BxW, 0)
+    if trie.is_dense(level):
+        exists = legal_codes(trie, level, node, logits_BxWxV.shape[-1])
+        legal = jax.nn.logsumexp(logits_BxWxV, axis=-1, where=exists)
+        return _Candidates(logits_BxWxV, None if free else exists, None, legal)
+    _, token, exists = children(trie, level, node)
+    own = jnp.take_along_axis(logits_BxWxV, token, axis=-1)
+    legal = jax.nn.logsumexp(own, axis=-1, where=exists)
+    return _Candidates(logits_BxWxV, None, None, legal) if free else _Candidates(own, exists, token, legal)
 
 
 def grow_beams(
@@ -112,8 +126,8 @@ def grow_beams(
     """What beam search and sampling share: of all continuations of all beams, the `width` best stay at each level.
 
     Args:
-        log_p: (logits [B,W,V], codes [B,W,J], which of these exist) -> log-probability [B,W,J] of every continuation, -inf
-            where there is none. In a free search the codes are None and J is V.
+        log_p: (logits [B,W,V] of all codes, logits [B,W,J] of the continuations, which of these exist) -> log-probability
+            [B,W,J] of every continuation, -inf where there is none. In a free search all codes are, and exist is None.
         perturb: (level, log-probability [B,W,J] of every longer prefix, rank [B,W] of the beams, their codes [B,W,level]) ->
             rank [B,W,J] of the prefixes. None: they rank by their log-probability.
         allowed: which prefixes a request may go on to (`generate.trie_mask`), of a search along the trie. None: all.
@@ -129,29 +143,25 @@ def grow_beams(
     node = last = jnp.zeros((batch, 1), jnp.int32)
     for level in range(len(search.decoder.heads)):
         logits_BxWxV = search.logits(level, last)
-        child, token, exists = children(trie, level, jnp.maximum(node, 0))
-        total = score[..., None] + log_p(logits_BxWxV, None if free else token, exists)
+        may = _candidates(trie, level, node, logits_BxWxV, free=free)
+        total = score[..., None] + log_p(logits_BxWxV, may.logits, may.exists)
         if allowed is not None:
-            total = jnp.where(allowed(level, node, total.shape[-1]), total, -jnp.inf)
+            total = jnp.where(allowed(level, node, total.shape[-1], may.token is None), total, -jnp.inf)
         ranks = total if perturb is None else perturb(level, total, rank, codes)
         per_beam = total.shape[-1]
         flat = ranks.reshape(batch, -1)
         rank, chosen = top_k(flat, width)
         score = rank if perturb is None else jnp.take_along_axis(total.reshape(batch, -1), chosen, axis=-1)
         parent = chosen // per_beam
-        if free:
-            last = chosen % per_beam
-            node = _step_down(trie, level, _pick(node, parent), last)
-        else:
-            last = jnp.take_along_axis(token.reshape(batch, -1), chosen, axis=-1)
-            node = jnp.take_along_axis(child.reshape(batch, -1), chosen, axis=-1)
+        last = chosen % per_beam
+        if may.token is not None:
+            last = jnp.take_along_axis(may.token.reshape(batch, -1), chosen, axis=-1)
+        node = step_down(trie, level, _pick(node, parent), last)
         of_all = jax.nn.logsumexp(logits_BxWxV, axis=-1)
-        legal_logits_BxWxJ = jnp.take_along_axis(logits_BxWxV, token, axis=-1)
-        of_legal = jax.nn.logsumexp(legal_logits_BxWxJ, axis=-1, where=exists)
         places = parent * logits_BxWxV.shape[-1] + last
         logit = jnp.take_along_axis(logits_BxWxV.reshape(batch, -1), places, axis=-1)
         own_all = logit - _pick(of_all, parent)
-        own_legal = jnp.where(node >= 0, logit - _pick(of_legal, parent), -jnp.inf)
+        own_legal = jnp.where(node >= 0, logit - _pick(may.legal, parent), -jnp.inf)
         codes, among_all, among_legal = (
             jnp.concatenate([_pick(before, parent), own[..., None]], axis=-1)
             for before, own in ((codes, last), (among_all, own_all), (among_legal, own_legal))
@@ -210,13 +220,12 @@ def beam_search(
     assert module.decoder is not None, "a model with an item head has no codes to search"
     legal = module.decoder.config.softmax == "legal"
 
-    def log_p(logits_BxWxV: Array, token: Array | None, exists: Array) -> Array:
-        if token is None:
+    def log_p(logits_BxWxV: Array, own_BxWxJ: Array, exists: Array | None) -> Array:
+        if exists is None:
             return jax.nn.log_softmax(logits_BxWxV)
-        own = jnp.take_along_axis(logits_BxWxV, token, axis=-1)
-        if legal:
-            return jnp.where(exists, jax.nn.log_softmax(own, axis=-1, where=exists), -jnp.inf)
-        return jnp.where(exists, own - jax.nn.logsumexp(logits_BxWxV, axis=-1, keepdims=True), -jnp.inf)
+        among, counted = (own_BxWxJ, exists) if legal else (logits_BxWxV, None)
+        norm = jax.nn.logsumexp(among, axis=-1, keepdims=True, where=counted)
+        return jnp.where(exists, own_BxWxJ - norm, -jnp.inf)
 
     return grow_beams(module, context, bias, trie, width, log_p, perturb, allowed, free=free)
 

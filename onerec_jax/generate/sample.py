@@ -83,10 +83,9 @@ def sample(
     `score` of an ID is its log-probability under that; the log-probabilities of its codes are the model's own.
     """
 
-    def log_p(logits_BxWxV: Array, token: Array | None, exists: Array) -> Array:
-        if token is not None:
-            logits_BxWxV = jnp.where(exists, jnp.take_along_axis(logits_BxWxV, token, axis=-1), -jnp.inf)
-        return sampling_log_p(logits_BxWxV, temperature, top_k, top_p)
+    def log_p(logits_BxWxV: Array, own_BxWxJ: Array, exists: Array | None) -> Array:
+        legal = own_BxWxJ if exists is None else jnp.where(exists, own_BxWxJ, -jnp.inf)
+        return sampling_log_p(legal, temperature, top_k, top_p)
 
     def perturb(level: int, total_BxWxJ: Array, rank_BxW: Array, codes: Array) -> Array:
         return conditional_gumbel(jax.random.fold_in(key, level), total_BxWxJ, rank_BxW)

@@ -20,8 +20,8 @@ from onerec_jax.model.prefixes import DeviceTrie
 
 _NOWHERE = jnp.iinfo(jnp.int32).max
 
-# (level, node of each beam [B,W], candidates of a beam J) -> which candidates may follow, bool [B,W,J]
-Allowed = Callable[[int, Array, int], Array]
+# (level, node of each beam [B,W], candidates of a beam J, whether these are codes and not children) -> which may follow, [B,W,J]
+Allowed = Callable[[int, Array, int, bool], Array]
 
 
 class Paths(NamedTuple):
@@ -69,10 +69,13 @@ def _items_under(trie: DeviceTrie, item_start: Array, depth: int, node: Array) -
     return item_start[past] - item_start[first]
 
 
-def _places(trie: DeviceTrie, level: int, parent_BxX: Array, child_BxX: Array, node_BxW: Array, per_beam: int) -> Array:
+def _places(
+    trie: DeviceTrie, level: int, parent_BxX: Array, child_BxX: Array, node_BxW: Array, per_beam: int, by_code: bool
+) -> Array:
     """Where among the candidates [B,W*J] of the beams each child stands; past the last one where it is of no beam."""
     beam = parent_BxX[:, :, None] == node_BxW[:, None, :]
-    slot = child_BxX - trie.child_start[level][jnp.maximum(parent_BxX, 0)]
+    first = trie.child_start[level][jnp.maximum(parent_BxX, 0)]
+    slot = trie.token[level][jnp.maximum(child_BxX, 0)] if by_code else child_BxX - first
     place = jnp.argmax(beam, axis=-1) * per_beam + slot
     return jnp.where(jnp.any(beam, axis=-1) & (child_BxX >= 0), place, node_BxW.shape[1] * per_beam)
 
@@ -96,12 +99,12 @@ def leave_out(trie: DeviceTrie, leaf_I: Array, item_start: Array, items_BxX: Arr
     """
     way = paths(trie, _leaf_of(leaf_I, without_repeats(items_BxX)))
 
-    def allowed(level: int, node_BxW: Array, per_beam: int) -> Array:
+    def allowed(level: int, node_BxW: Array, per_beam: int, by_code: bool) -> Array:
         child = way.after[level]
         ordered = jnp.sort(jnp.where(child >= 0, child, _NOWHERE), axis=-1)
         on_list = jax.vmap(lambda a, v: jnp.searchsorted(a, v, "right") - jnp.searchsorted(a, v, "left"))
         gone = on_list(ordered, child) == _items_under(trie, item_start, level + 1, child)
-        place = _places(trie, level, way.before[level], jnp.where(gone, child, -1), node_BxW, per_beam)
+        place = _places(trie, level, way.before[level], jnp.where(gone, child, -1), node_BxW, per_beam, by_code)
         return _marked(place, node_BxW, per_beam, False)
 
     return allowed
@@ -111,8 +114,8 @@ def only(trie: DeviceTrie, leaf_I: Array, items_BxX: Array) -> Allowed:
     """Nothing but the prefixes of the items on the list; arguments as `leave_out`."""
     way = paths(trie, _leaf_of(leaf_I, items_BxX))
 
-    def allowed(level: int, node_BxW: Array, per_beam: int) -> Array:
-        place = _places(trie, level, way.before[level], way.after[level], node_BxW, per_beam)
+    def allowed(level: int, node_BxW: Array, per_beam: int, by_code: bool) -> Array:
+        place = _places(trie, level, way.before[level], way.after[level], node_BxW, per_beam, by_code)
         return _marked(place, node_BxW, per_beam, True)
 
     return allowed

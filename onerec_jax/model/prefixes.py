@@ -10,14 +10,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.tokenizer.trie import Trie
 
+DENSE_SHARE = 8  # a level is dense where its fullest node has this share of the codes, one in so many
+DENSE_BYTES = 1 << 27  # most bytes of one level's bits
+
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["child_start", "token", "item_codes"], meta_fields=["branching"]
+    jax.tree_util.register_dataclass,
+    data_fields=["child_start", "token", "item_codes", "bits"],
+    meta_fields=["branching"],
 )
 @dataclasses.dataclass(frozen=True)
 class DeviceTrie:
@@ -27,6 +33,11 @@ class DeviceTrie:
     token: tuple[Array, ...]
     branching: tuple[int, ...]
     item_codes: Array | None = None  # int32 [I,C], the semantic ID of every item
+    bits: tuple[Array | None, ...] | None = None  # of a dense level uint32 [nodes, V/32]: which codes go on from a node
+
+    def is_dense(self, level: int) -> bool:
+        """Whether the codes that go on from a node of this depth are known as bits."""
+        return self.bits is not None and self.bits[level] is not None
 
 
 def device_trie(trie: Trie, config: ModelConfig) -> DeviceTrie:
@@ -36,7 +47,42 @@ def device_trie(trie: Trie, config: ModelConfig) -> DeviceTrie:
         tuple(jnp.asarray(a) for a in trie.token),
         trie.branching,
         jnp.asarray(trie.codes) if config.coded_items else None,
+        tuple(_bits(trie, level) for level in range(trie.levels)),
     )
+
+
+def _bits(trie: Trie, level: int) -> Array | None:
+    """Which codes go on from each node of a depth, a bit each; None where lists of children are cheaper."""
+    start, token = trie.child_start[level], trie.token[level]
+    nodes, codes = len(start) - 1, -(-(int(token.max(initial=0)) + 1) // 32) * 32
+    if trie.branching[level] * DENSE_SHARE < codes or nodes * codes // 8 > DENSE_BYTES:
+        return None
+    legal = np.zeros((nodes, codes), bool)
+    legal[np.repeat(np.arange(nodes), np.diff(start)), token] = True
+    return jnp.asarray(np.packbits(legal, axis=1, bitorder="little").view("<u4").astype(np.uint32))
+
+
+def legal_codes(trie: DeviceTrie, level: int, node_x: Array, codes: int) -> Array:
+    """Which of the `codes` V of a dense level go on from each node, bool [..., V]."""
+    assert trie.bits is not None
+    words = trie.bits[level]
+    assert words is not None
+    bits = (words[node_x][..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    flat = bits.reshape(*node_x.shape, -1)[..., :codes].astype(bool)
+    return jnp.pad(flat, [(0, 0)] * node_x.ndim + [(0, codes - flat.shape[-1])])
+
+
+def step_down(trie: DeviceTrie, level: int, node_x: Array, code_x: Array) -> Array:
+    """The node that a code leads to, int32 [...], by binary search among children; -1 where it leads to none, or node is -1."""
+    start, token = trie.child_start[level], trie.token[level]
+    low, end = start[jnp.maximum(node_x, 0)], start[jnp.maximum(node_x, 0) + 1]
+    high = end
+    for _ in range(max(1, trie.branching[level]).bit_length()):
+        middle = (low + high) // 2
+        right = (low < high) & (token[jnp.minimum(middle, len(token) - 1)] < code_x)
+        low, high = jnp.where(right, middle + 1, low), jnp.where(right | (low >= high), high, middle)
+    found = (low < end) & (token[jnp.minimum(low, len(token) - 1)] == code_x) & (node_x >= 0)
+    return jnp.where(found, low, -1)
 
 
 def training_trie(config: ModelConfig, trie: Trie) -> DeviceTrie | None:

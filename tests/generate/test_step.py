@@ -17,8 +17,9 @@ from onerec_jax.generate.beam import better_of_group
 from onerec_jax.generate.label_shift import shifted
 from onerec_jax.generate.step import ListOptions, make_catalogue, make_recommend_step
 from onerec_jax.generate.trie_mask import contains, paths
+from onerec_jax.model import prefixes
 from onerec_jax.model.onerec import Model, build
-from onerec_jax.model.prefixes import device_trie, training_trie
+from onerec_jax.model.prefixes import device_trie, legal_codes, step_down, training_trie
 from onerec_jax.tokenizer.trie import Trie
 
 SIZES = (5, 4, 6)
@@ -39,6 +40,7 @@ KINDS = {
 }
 
 
+_step_down = jax.jit(step_down, static_argnums=1)
 _contains, _better_of_group = jax.jit(contains), jax.jit(better_of_group)
 
 
@@ -124,9 +126,16 @@ def _check(lists, scores: np.ndarray, expected: list[list[int]]):
         assert (found[~there] == -np.inf).all()
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+# Two kinds with levels as lists of children, the others with levels as bits, which is what so small codebooks are.
+@pytest.fixture(scope="module", params=[*KINDS, "codes, children", "codes of a legal softmax, causal, children"])
 def world(request: pytest.FixtureRequest) -> World:
-    return World(KINDS[request.param])
+    kind = request.param.removesuffix(", children")
+    with pytest.MonkeyPatch.context() as patch:
+        if kind != request.param:
+            patch.setattr(prefixes, "DENSE_SHARE", 0)
+        made = World(KINDS[kind])
+    assert made.catalogue.trie.is_dense(1) == (kind == request.param)
+    return made
 
 
 def _lists_of_ids(seed: int, size: int) -> np.ndarray:
@@ -200,6 +209,22 @@ def test_paths_lead_from_the_root_to_the_leaf():
         np.testing.assert_array_equal(way.after[level][0, :-1], TRIE.find(codes[:, : level + 1]))
         assert way.after[level][0, -1] == -1
     assert (np.asarray(way.before[0])[0, :-1] == 0).all()
+
+
+def test_bits_and_steps_say_which_codes_go_on_and_where_to():
+    trie = device_trie(TRIE, tiny_model())
+    for level, size in enumerate(SIZES):
+        prefixes_of = np.unique(CODES[:, :level], axis=0)
+        known = {tuple(row) for row in CODES[:, : level + 1].tolist()}
+        node = jnp.arange(len(prefixes_of), dtype=jnp.int32)
+        found = np.asarray(legal_codes(trie, level, node, size))
+        expected = [[(*prefix, code) in known for code in range(size)] for prefix in prefixes_of.tolist()]
+        np.testing.assert_array_equal(found, expected)
+        nodes, codes = np.meshgrid(np.arange(-1, len(prefixes_of)), np.arange(size), indexing="ij")
+        reached = np.asarray(_step_down(trie, level, jnp.asarray(nodes), jnp.asarray(codes)))
+        for n, code, child in zip(nodes.flat, codes.flat, reached.flat, strict=True):
+            path = [*prefixes_of[n].tolist(), code]
+            assert child == (TRIE.find(np.array([path]))[0] if n >= 0 else -1)
 
 
 @settings(max_examples=30, deadline=None)
