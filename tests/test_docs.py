@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,12 +81,19 @@ def test_the_commands_of_the_readme_lead_from_a_log_to_recommendations(tmp_path:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text()
     steps = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^onerec .*quickstart.*$", text, re.M)]
-    assert [words[0] for words in steps] == ["config", "data", "tokenize", "pretrain", "evaluate", "recommend"]
+    verbs = ["config", "data", "tokenize", "pretrain", "evaluate", "recommend", "export"]
+    assert [words[0] for words in steps] == verbs
     for words in steps:
         takes_recipe = words[0] in ("config", "data", "tokenize", "pretrain")
         result = CliRunner().invoke(app, [*words, *(SMALL if takes_recipe else ())], catch_exceptions=False)
         assert result.exit_code == 0, (words, result.output)
-    assert "recommended next" in result.output
+        if words[0] == "recommend":
+            assert "recommended next" in result.output
+    scripts = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^python exported.*$", text, re.M)]
+    assert len(scripts) == 2
+    listed = [subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True) for words in scripts]
+    items = [re.findall(r"^ *-[0-9.]+ +(\S+)", result.stdout, re.M) for result in listed]
+    assert items[0] and items[0] == items[1]
 
 
 ALONE = ("model.positive_length=0", "model.lifelong_length=0", "model.moe.experts=0")

@@ -812,15 +812,16 @@ def read_lines(path: Path) -> list[Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A list for one of the sample users of an export, in plain PyTorch.")
     parser.add_argument("directory", type=Path, help="the export directory")
-    parser.add_argument("--user", required=True, help="the user's id, as in users.jsonl")
+    parser.add_argument("--user", help="the user's id, as in users.jsonl; by default the first there")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda")
     options = parser.parse_args(arguments)
     users = {str(user["id"]): user for user in read_lines(options.directory / "users.jsonl")}
-    if options.user not in users:
-        sys.exit(
-            f"no user '{options.user}' in users.jsonl; ids there look like {', '.join(list(users)[:3]) or '(none)'}"
-        )
-    user = users[options.user]
+    if not users:
+        sys.exit("this export has no sample users; export the run again with `--users N`")
+    chosen = next(iter(users)) if options.user is None else options.user
+    if chosen not in users:
+        sys.exit(f"no user '{chosen}' in users.jsonl; ids there look like {', '.join(list(users)[:3])}")
+    user = users[chosen]
     config = json.loads((options.directory / "config.json").read_text(encoding="utf-8"))
     model = load(options.directory, options.device)
     seen = [*(event["item"] for event in user["events"]), *user.get("seen", [])] if config["exclude_seen"] else []
