@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from scaled_recipes import distinct, recipes
 from tiny import PLAIN, SHAPES, TINY, VOCABULARY, poison, random_batch
 
 from onerec_jax.config import ModelConfig
@@ -21,7 +22,6 @@ from onerec_jax.generate.step import Catalogue, ListOptions, Lists, make_catalog
 from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.tables import stored_rows
 from onerec_jax.parallel.sharding import path_name
-from onerec_jax.recipe import CONFIGS, load_recipe
 from onerec_jax.tokenizer.trie import Trie
 
 K, WIDTH, ITEM_WEIGHT = 50, 12, 2.0
@@ -40,40 +40,11 @@ OTHERS = {
     },
     "carried from another width": {**PLAIN, "base_width": 16, "head": "both", "causal": True, "softmax": "legal"},
 }  # fmt: skip
-SMALL = {
-    **{name: value for name, value in TINY.items() if name not in ("item_input", "encoder_layers", "decoder_layers")},
-    "dtype": "float32",
-    "remat": "none",
-    "dropout": 0.0,
-}
 # Those whose whole lists are compared: codes alone, both heads, a memory, an item head.
 LISTED = ("onerec_0.015b", "beauty_small", "kuairand_small", "HSTU")
 
 
-def _scaled_down(recipe: Path) -> dict[str, Any]:
-    """The model of a recipe with every structural switch kept, and tiny widths, depths, lengths and experts."""
-    config = load_recipe(str(recipe)).model
-    values = config.model_dump()
-    small = {name: value for name, value in SMALL.items() if values[name] or not name.endswith("_length")}
-    small |= {"encoder_layers": config.moe.every, "decoder_layers": config.moe.every}
-    small |= {"item_memory": min(config.item_memory, 5), "pathway_hidden": 0}
-    small["moe"] = {**values["moe"], "experts": min(config.moe.experts, 6), "hidden": 16}
-    return values | small
-
-
-def _distinct() -> dict[str, ModelConfig]:
-    """All configurations by name; of recipes that differ in size alone the first."""
-    named = {path.stem: _scaled_down(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    named |= {name: {**TINY, **changes} for name, changes in (SHAPES | OTHERS).items()}
-    found: dict[ModelConfig, str] = {}
-    for name, values in named.items():
-        # what compiles fastest and is the oracle of the others
-        moe = {**values.get("moe", {}), "backend": "reference"}
-        found.setdefault(ModelConfig.model_validate({**values, "attention": "xla", "moe": moe}), name)
-    return {name: config for config, name in found.items()}
-
-
-CONFIGURATIONS = _distinct()
+CONFIGURATIONS = distinct(recipes() | {name: {**TINY, **changes} for name, changes in (SHAPES | OTHERS).items()})
 
 
 class Pair(NamedTuple):
