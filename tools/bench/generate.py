@@ -1,7 +1,8 @@
 """Speed of generation: trie-constrained beam search of the TIGER shape against the same shape and width in Hugging Face's T5.
 
     pip install torch transformers
-    python tools/bench/generate.py              float32, all cores, 50 beams, batches of 1 and more
+    python tools/bench/generate.py                      float32, all cores, 50 beams, batches of 1 and more
+    python tools/bench/generate.py --dtype bfloat16     ours in bfloat16, scores in float32, for processors with AMX or AVX512-BF16
 
 TIGER: a user token and 20 items of 4 codes in, 4 codes out; 4 + 4 layers, width 128, 6 heads of 64, feed-forward 1024; 12,101
 items whose IDs are random. T5 generates as public code of TIGER does: `generate` with 50 beams, all of them returned, and
@@ -160,11 +161,11 @@ def check_ours(ours: Ours, trie: Trie, codes_IxC: np.ndarray, found_BxWxC: np.nd
     assert max(gaps) < 1e-4, f"beams differ from those by hand by {max(gaps)} in log P"
 
 
-def report(contestants: list[Contestant], width: int) -> Table:
+def report(contestants: list[Contestant], width: int, dtype: str) -> Table:
     """Medians, spread and ratios; those of T5 are to its best batch, at batch 1 also to its batch of 1."""
     theirs = [c for c in contestants if c.name.startswith("T5")]
     best, single = max(c.rate for c in theirs), next((c.rate for c in theirs if c.batch == 1), float("nan"))
-    title = f"generation, {width} beams, float32"
+    title = f"generation, {width} beams, T5 in float32, ours in {dtype}"
     table = Table(
         "", "batch", "ms: median", "least", "most", "requests/s", "x T5 at its best", "x T5 of 1", title=title
     )
@@ -182,12 +183,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=50, help="beams")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of ours")
     parser.add_argument("--torch-batches", type=int, nargs="+", default=[1, 8, 16], help="of T5")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of ours")
     parser.add_argument("--repeats", type=int, default=7, help="searches of each, in turn")
     given = parser.parse_args()
     codes = made_up_codes()
     trie = Trie.build(codes, np.zeros(ITEMS))
-    tiger = Ours.make(load_recipe("beauty_small", load_board("beauty").rows["TIGER"]))
-    onerec = Ours.make(load_recipe("beauty_small"))
+    dtype = f"model.dtype={given.dtype}"
+    tiger = Ours.make(load_recipe("beauty_small", [*load_board("beauty").rows["TIGER"], dtype]))
+    onerec = Ours.make(load_recipe("beauty_small", [dtype]))
     contestants = [
         *torch_t5(codes, given.torch_batches, given.width),
         *(tiger.contestant("TIGER shape, onerec_jax", trie, size, given.width) for size in given.batches),
@@ -196,14 +199,15 @@ def main() -> None:
     for contestant in contestants:
         found = contestant.run()
         assert (trie.find(found.reshape(-1, LEVELS)) >= 0).all(), f"{contestant.name}: an ID is no item's"
-        if contestant.batch == given.batches[0] and contestant.name.startswith("TIGER"):
+        # in bfloat16 another order of the same sums moves log P by more than the check allows
+        if given.dtype == "float32" and contestant.batch == given.batches[0] and contestant.name.startswith("TIGER"):
             check_ours(tiger, trie, codes, found)
     for _ in track(range(given.repeats), "rounds"):
         for contestant in contestants:
             started = time.perf_counter()
             contestant.run()
             contestant.seconds.append(time.perf_counter() - started)
-    Console(width=110).print(report(contestants, given.width))
+    Console(width=110).print(report(contestants, given.width, given.dtype))
 
 
 if __name__ == "__main__":
