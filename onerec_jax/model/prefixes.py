@@ -116,6 +116,11 @@ def legal_log_probabilities(logits: tuple[Array, ...], codes_xC: Array, trie: De
     """
     node, found = jnp.zeros((), jnp.int32), []  # the root, whose codes are compared once for all
     for level, level_logits in enumerate(logits):
+        if trie.is_dense(level):
+            legal = legal_codes(trie, level, node, level_logits.shape[-1])
+            found.append((jax.nn.log_softmax(level_logits, axis=-1, where=legal), legal))
+            node = jnp.maximum(step_down(trie, level, node, codes_xC[..., level]), 0)
+            continue
         child, token, exists = children(trie, level, node)
         found.append(legal_log_softmax(level_logits, token, exists))
         own = (token == codes_xC[..., level, None]) & exists
