@@ -7,8 +7,9 @@
 TIGER: a user token and 20 items of 4 codes in, 4 codes out; 4 + 4 layers, width 128, 6 heads of 64, feed-forward 1024; 12,101
 items whose IDs are random. T5 generates as public code of TIGER does: `generate` with 50 beams, all of them returned, and
 `prefix_allowed_tokens_fn` that looks prefixes up in a dict. Contestants take turns on the same made-up full histories, with
-parameters of their own at random; whatever compiles has done so before. OneRec runs the recipe `beauty_small`: one token an
-item, three codes and the one that tells items apart, and an item head that scores every item besides.
+parameters of their own at random; whatever compiles has done so before. OneRec runs the recipe `beauty_small`: one token an item,
+three codes and the one that tells items apart, and an item head that scores every item besides. `GFLOP/s` beside what one large
+matmul of the machine does, which is printed first, says how much room there is.
 
 What comes out is checked: every ID of either exists, and ours are the beams that NumPy finds over the teacher-forced scores of
 every item of the catalogue.
@@ -51,6 +52,7 @@ class Contestant:
     name: str
     batch: int
     run: Callable[[], np.ndarray]
+    gflop: float  # of one request, as its own framework counts
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -87,7 +89,7 @@ class Ours:
             beams = jax.block_until_ready(compiled(*self.given, batch, on_device))
             return np.asarray(beams.codes)
 
-        return Contestant(name, size, run)
+        return Contestant(name, size, run, compiled.cost_analysis()["flops"] / size / 1e9)
 
 
 def next_codes(codes_IxC: np.ndarray) -> dict[tuple[int, ...], list[int]]:
@@ -120,7 +122,9 @@ def torch_t5(codes_IxC: np.ndarray, sizes: list[int], width: int) -> list[Contes
                 )  # fmt: skip
             return found[:, 1:].numpy().reshape(size, width, LEVELS) - t5_codes(np.zeros(LEVELS, np.int64))
 
-        return Contestant("T5, Hugging Face generate", size, run)
+        with importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False) as counter:
+            run()
+        return Contestant("T5, Hugging Face generate", size, run, counter.get_total_flops() / size / 1e9)
 
     return [contestant(size) for size in sizes]
 
@@ -167,13 +171,14 @@ def report(contestants: list[Contestant], width: int, dtype: str) -> Table:
     best, single = max(c.rate for c in theirs), next((c.rate for c in theirs if c.batch == 1), float("nan"))
     title = f"generation, {width} beams, T5 in float32, ours in {dtype}"
     table = Table(
-        "", "batch", "ms: median", "least", "most", "requests/s", "x T5 at its best", "x T5 of 1", title=title
-    )
+        "", "batch", "ms: median", "least", "most", "GFLOP each", "GFLOP/s", "requests/s", "x T5 at its best", "x T5 of 1",
+        title=title,
+    )  # fmt: skip
     for c in contestants:
         ms = [1000 * s for s in c.seconds]
         table.add_row(
-            c.name, str(c.batch), f"{statistics.median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{c.rate:.1f}",
-            f"{c.rate / best:.1f}", f"{c.rate / single:.1f}",
+            c.name, str(c.batch), f"{statistics.median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{c.gflop:.2f}",
+            f"{c.gflop * c.rate:.0f}", f"{c.rate:.1f}", f"{c.rate / best:.1f}", f"{c.rate / single:.1f}",
         )  # fmt: skip
     return table
 
@@ -202,12 +207,18 @@ def main() -> None:
         # in bfloat16 another order of the same sums moves log P by more than the check allows
         if given.dtype == "float32" and contestant.batch == given.batches[0] and contestant.name.startswith("TIGER"):
             check_ours(tiger, trie, codes, found)
+    square = jnp.ones((2048, 2048))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(square, square))
+    started = time.perf_counter()
+    jax.block_until_ready([product(square, square) for _ in range(5)])
+    print(f"one dense matmul in float32: {5 * 2 * 2048**3 / (time.perf_counter() - started) / 1e9:.0f} GFLOP/s")
     for _ in track(range(given.repeats), "rounds"):
         for contestant in contestants:
             started = time.perf_counter()
             contestant.run()
             contestant.seconds.append(time.perf_counter() - started)
-    Console(width=110).print(report(contestants, given.width, given.dtype))
+    Console(width=130).print(report(contestants, given.width, given.dtype))
 
 
 if __name__ == "__main__":
