@@ -124,6 +124,12 @@ def test_a_module_imports_only_from_rooms_above_it_on_the_road(path: Path):
     assert {name for name in imported_modules(path) if room_of(name) not in allowed} == set()
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """They are modules of no package, and the second would not be collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert [name for name in names if names.count(name) > 1] == []
+
+
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License\n                           Version 2.0, January 2004" in text

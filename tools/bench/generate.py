@@ -5,11 +5,11 @@
     python tools/bench/generate.py --dtype bfloat16     ours in bfloat16, scores in float32, for processors with AMX or AVX512-BF16
 
 TIGER: a user token and 20 items of 4 codes in, 4 codes out; 4 + 4 layers, width 128, 6 heads of 64, feed-forward 1024; 12,101
-items whose IDs are random. T5 generates as public code of TIGER does: `generate` with 50 beams, all of them returned, and
-`prefix_allowed_tokens_fn` that looks prefixes up in a dict. Contestants take turns on the same made-up full histories, with
-parameters of their own at random; whatever compiles has done so before. OneRec runs the recipe `beauty_small`: one token an item,
-three codes and the one that tells items apart, and an item head that scores every item besides. `GFLOP/s` beside what one large
-matmul of the machine does, which is printed first, says how much room there is.
+items whose IDs are random. OneRec: the recipe `beauty_small`, one token an item, 2 + 1 layers, 4 heads of 32, feed-forward 256,
+and an item head that scores every item besides, which its T5 of as many blocks of that size is spared. T5 generates as public
+code of TIGER does: `generate` with 50 beams, all of them returned, and `prefix_allowed_tokens_fn` that looks prefixes up in a
+dict. Contestants take turns on the same made-up full histories, with parameters of their own at random; whatever compiles has
+done so before. `GFLOP/s` beside what one large matmul of the machine does, which is printed first, says how much room there is.
 
 What comes out is checked: every ID of either exists, and ours are the beams that NumPy finds over the teacher-forced scores of
 every item of the catalogue.
@@ -23,6 +23,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from onerec_jax.model.prefixes import device_trie
 from onerec_jax.recipe import load_recipe
 from onerec_jax.tokenizer.trie import Trie
 
+T5, OURS = "T5, Hugging Face", "onerec_jax"
 AT_ONCE = 1024  # items that one teacher-forced pass of the check scores
 
 
@@ -49,6 +51,7 @@ AT_ONCE = 1024  # items that one teacher-forced pass of the check scores
 class Contestant:
     """A search of one batch, which returns its IDs int [B,W,C], and what was measured of it."""
 
+    shape: str
     name: str
     batch: int
     run: Callable[[], np.ndarray]
@@ -89,7 +92,7 @@ class Ours:
             beams = jax.block_until_ready(compiled(*self.given, batch, on_device))
             return np.asarray(beams.codes)
 
-        return Contestant(name, size, run, compiled.cost_analysis()["flops"] / size / 1e9)
+        return Contestant(name, OURS, size, run, compiled.cost_analysis()["flops"] / size / 1e9)
 
 
 def next_codes(codes_IxC: np.ndarray) -> dict[tuple[int, ...], list[int]]:
@@ -101,16 +104,37 @@ def next_codes(codes_IxC: np.ndarray) -> dict[tuple[int, ...], list[int]]:
     return {prefix: sorted(tokens) for prefix, tokens in found.items()}
 
 
-def torch_t5(codes_IxC: np.ndarray, sizes: list[int], width: int) -> list[Contestant]:
-    """Hugging Face's `generate`, one contestant a batch size, all with the same parameters."""
+def t5_of(recipe: Recipe) -> Any:
+    """T5's configuration with blocks of a recipe's number and size; tokens as `t5_config` has them."""
+    model, config = recipe.model, t5_config(use_cache=True)
+    config.update({
+        "d_model": model.d_model, "d_kv": model.width_of_head, "num_heads": model.heads, "d_ff": model.ffn_hidden,
+        "num_layers": model.encoder_layers, "num_decoder_layers": model.decoder_layers,
+    })  # fmt: skip
+    return config
+
+
+def torch_t5(shape: str, config: Any, per_item: int, codes_IxC: np.ndarray, sizes: list[int], width: int):
+    """Hugging Face's `generate`, one contestant a batch size, all with the same parameters.
+
+    Args:
+        shape: the name of what is compared.
+        config: T5's.
+        per_item: how many tokens of an item's codes its encoder reads, the first ones.
+        codes_IxC: semantic IDs of all items.
+        sizes: requests of a batch.
+        width: beams.
+    """
     torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(t5_config(use_cache=True)).eval()
+    model = transformers.T5ForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None  # an ID ends by its length, and token 1 is a code
     following = next_codes(codes_IxC)
 
     def contestant(size: int) -> Contestant:
-        tokens = torch.from_numpy(t5_context(made_up_batch(size, 1, causal=False)))
+        context = t5_context(made_up_batch(size, 1, causal=False))
+        items = context[:, 1:].reshape(size, -1, LEVELS)[:, :, :per_item].reshape(size, -1)
+        tokens = torch.from_numpy(np.concatenate([context[:, :1], items], axis=1))
         mask = torch.ones_like(tokens)
 
         def run() -> np.ndarray:
@@ -124,7 +148,7 @@ def torch_t5(codes_IxC: np.ndarray, sizes: list[int], width: int) -> list[Contes
 
         with importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False) as counter:
             run()
-        return Contestant("T5, Hugging Face generate", size, run, counter.get_total_flops() / size / 1e9)
+        return Contestant(shape, T5, size, run, counter.get_total_flops() / size / 1e9)
 
     return [contestant(size) for size in sizes]
 
@@ -166,19 +190,24 @@ def check_ours(ours: Ours, trie: Trie, codes_IxC: np.ndarray, found_BxWxC: np.nd
 
 
 def report(contestants: list[Contestant], width: int, dtype: str) -> Table:
-    """Medians, spread and ratios; those of T5 are to its best batch, at batch 1 also to its batch of 1."""
-    theirs = [c for c in contestants if c.name.startswith("T5")]
-    best, single = max(c.rate for c in theirs), next((c.rate for c in theirs if c.batch == 1), float("nan"))
+    """Medians, spread and ratios: to T5 of the same shape at its best batch, and to its batch of 1."""
+    theirs = [c for c in contestants if c.name == T5]
+    best = {c.shape: max(t.rate for t in theirs if t.shape == c.shape) for c in contestants}
+    single = {
+        c.shape: max((t.rate for t in theirs if t.shape == c.shape and t.batch == 1), default=float("nan"))
+        for c in theirs
+    }
     title = f"generation, {width} beams, T5 in float32, ours in {dtype}"
     table = Table(
-        "", "batch", "ms: median", "least", "most", "GFLOP each", "GFLOP/s", "requests/s", "x T5 at its best", "x T5 of 1",
+        "shape", "", "batch", "ms: median", "least", "most", "GFLOP each", "GFLOP/s", "requests/s", "x T5 at its best", "x T5 of 1",
         title=title,
     )  # fmt: skip
     for c in contestants:
         ms = [1000 * s for s in c.seconds]
         table.add_row(
-            c.name, str(c.batch), f"{statistics.median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{c.gflop:.2f}",
-            f"{c.gflop * c.rate:.0f}", f"{c.rate:.1f}", f"{c.rate / best:.1f}", f"{c.rate / single:.1f}",
+            c.shape, c.name, str(c.batch), f"{statistics.median(ms):.1f}", f"{min(ms):.1f}", f"{max(ms):.1f}", f"{c.gflop:.2f}",
+            f"{c.gflop * c.rate:.0f}", f"{c.rate:.1f}", f"{c.rate / best[c.shape]:.1f}",
+            f"{c.rate / single[c.shape]:.1f}",
         )  # fmt: skip
     return table
 
@@ -194,19 +223,27 @@ def main() -> None:
     codes = made_up_codes()
     trie = Trie.build(codes, np.zeros(ITEMS))
     dtype = f"model.dtype={given.dtype}"
-    tiger = Ours.make(load_recipe("beauty_small", [*load_board("beauty").rows["TIGER"], dtype]))
-    onerec = Ours.make(load_recipe("beauty_small", [dtype]))
-    contestants = [
-        *torch_t5(codes, given.torch_batches, given.width),
-        *(tiger.contestant("TIGER shape, onerec_jax", trie, size, given.width) for size in given.batches),
-        *(onerec.contestant("OneRec, one token an item", trie, size, given.width) for size in given.batches),
-    ]
+    recipes = {
+        "TIGER": load_recipe("beauty_small", [*load_board("beauty").rows["TIGER"], dtype]),
+        "OneRec": load_recipe("beauty_small", [dtype]),
+    }
+    made = {shape: Ours.make(recipe) for shape, recipe in recipes.items()}
+    contestants = []
+    for shape, recipe in recipes.items():
+        per_item = recipe.model.tokens_per_event(LEVELS)
+        contestants += torch_t5(shape, t5_of(recipe), per_item, codes, given.torch_batches, given.width)
+        contestants += [made[shape].contestant(shape, trie, size, given.width) for size in given.batches]
     for contestant in contestants:
         found = contestant.run()
-        assert (trie.find(found.reshape(-1, LEVELS)) >= 0).all(), f"{contestant.name}: an ID is no item's"
+        assert (trie.find(found.reshape(-1, LEVELS)) >= 0).all(), f"{contestant}: an ID is no item's"
         # in bfloat16 another order of the same sums moves log P by more than the check allows
-        if given.dtype == "float32" and contestant.batch == given.batches[0] and contestant.name.startswith("TIGER"):
-            check_ours(tiger, trie, codes, found)
+        if (
+            given.dtype == "float32"
+            and contestant.batch == given.batches[0]
+            and contestant.name == OURS
+            and contestant.shape == "TIGER"
+        ):
+            check_ours(made["TIGER"], trie, codes, found)
     square = jnp.ones((2048, 2048))
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(square, square))
