@@ -16,7 +16,7 @@ import numpy as np
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.jackknife import Interval
 from onerec_jax.scaling.fit import Fit, fit_law, parametric, power
-from onerec_jax.scaling.isoflop import IsoFlop, fit_isoflop
+from onerec_jax.scaling.isoflop import IsoFlop, fit_isoflop, of_curves
 from onerec_jax.scaling.law import Law
 from onerec_jax.scaling.runs import Runs, make_runs
 
@@ -33,6 +33,7 @@ class Findings(NamedTuple):
     runs: Runs
     law: Fit | None
     isoflop: IsoFlop | None
+    curves_R: np.ndarray  # runs that the IsoFLOP curves go through
     largest_R: np.ndarray  # runs that are held out below
     smaller: Fit | None  # the law of all others
     refused: dict[str, str]  # why there is no law, no isoflop, no smaller
@@ -82,9 +83,10 @@ def find(rows: list[Row], metric: str = "", resamples: int = 1000) -> Findings:
     shape = _law_of(runs)
     largest_R = runs.size("flops") >= runs.size("flops").max() * (1 - 0.05)
     law = attempt("law", lambda: fit_law(runs, shape, resamples))
-    isoflop = attempt("isoflop", lambda: fit_isoflop(runs, resamples=resamples))
+    curves_R = of_curves(runs)
+    isoflop = attempt("isoflop", lambda: fit_isoflop(runs.where(curves_R), resamples=resamples))
     smaller = attempt("smaller", lambda: fit_law(runs.where(~largest_R), shape, resamples))
-    return Findings(rows, metric, runs, law, isoflop, largest_R, smaller, refused)
+    return Findings(rows, metric, runs, law, isoflop, curves_R, largest_R, smaller, refused)
 
 
 def _law_of(runs: Runs) -> Law:
@@ -155,6 +157,11 @@ def _law_sentences(findings: Findings) -> list[str]:
     if law is None:
         return [f"No law is fitted: {findings.refused['law']}."]
     said = []
+    if findings.isoflop is not None and not findings.curves_R.all():
+        said.append(
+            f"IsoFLOP curves go through {findings.curves_R.sum()} of the runs; "
+            "the others are of budgets with fewer than three sizes."
+        )
     if findings.smaller is not None:
         rows = np.flatnonzero(findings.largest_R)
         guessed = np.mean([findings.predicted()[row].value for row in rows])

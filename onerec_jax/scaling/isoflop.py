@@ -147,8 +147,20 @@ def fit_isoflop(
     return IsoFlop(curves, log_flops_K, found, float(np.mean(np.isnan(found.log_params_SK))))
 
 
-def _budgets(runs: Runs, tolerance: float) -> list[Runs]:
-    """Runs by budget, the smallest first: a run that is more than `tolerance` above the first of a budget opens the next."""
+def of_curves(runs: Runs, tolerance: float = TOLERANCE) -> np.ndarray:
+    """Which runs bool [R] are of a budget that has three sizes or more; all of them where fewer than two budgets have.
+
+    A sweep often ends in one large run at the size that the curves below it chose: no curve goes through it.
+    """
+    params_R = runs.size("params")
+    curves = [group for group in _groups(runs, tolerance) if len(np.unique(params_R[group])) >= 3]
+    if len(curves) < 2:
+        return np.ones(len(runs), bool)
+    return np.isin(np.arange(len(runs)), np.concatenate(curves))
+
+
+def _groups(runs: Runs, tolerance: float) -> list[list[int]]:
+    """Rows by budget, the smallest first: a run that is more than `tolerance` above the first of a budget opens the next."""
     flops_R = runs.size("flops")
     order = np.argsort(flops_R, kind="stable")
     groups: list[list[int]] = []
@@ -156,9 +168,14 @@ def _budgets(runs: Runs, tolerance: float) -> list[Runs]:
         if not groups or flops_R[row] > (1 + tolerance) * flops_R[groups[-1][0]]:
             groups.append([])
         groups[-1].append(int(row))
+    return groups
+
+
+def _budgets(runs: Runs, tolerance: float) -> list[Runs]:
+    groups = _groups(runs, tolerance)
     if len(groups) < 2:
         raise InputError(
-            f"{runs.origin}: all runs are of one budget, {flops_R[order[0]]:.3g} FLOPs to {tolerance:.0%}; "
+            f"{runs.origin}: all runs are of one budget, {runs.size('flops').min():.3g} FLOPs to {tolerance:.0%}; "
             "isoflop needs two at least"
         )
     return [runs.where(np.array(group)) for group in groups]

@@ -97,7 +97,7 @@ def draw_isoflop(findings: Findings, curves: list[Curve]) -> Figure:
     params, log_flops = runs.size("params"), np.log(runs.size("flops"))
     nearest_R = np.abs(log_flops[:, None] - isoflop.log_flops_K[None]).argmin(axis=1)
     for k, found in enumerate(isoflop.curves):
-        own = nearest_R == k
+        own = (nearest_R == k) & findings.curves_R
         x, y = params[own], runs.metric[own]
         grid = np.geomspace(x.min(), x.max(), 60)
         middle = np.log(x).mean()

@@ -139,3 +139,18 @@ def test_status_and_report_are_verbs(onerec, made: SweepFolder, tmp_path: Path):
     assert onerec("sweep", "report", "made", "--resamples", "100").code == 0 and (made.folder / "report.html").exists()
     refused = onerec("sweep", "status", "nothing")
     assert refused.code == 2 and "no sweep 'nothing'" in refused.err
+
+
+def test_one_large_run_above_the_curves_is_held_out_and_bends_none_of_them(made: SweepFolder):
+    rows = rows_of(made)
+    before = find(rows, resamples=100)
+    params = best_params(10 * BUDGETS[-1])
+    tokens = 10 * BUDGETS[-1] / (FACTOR * params)
+    lone = {"params": params, "tokens": tokens, "flops": 10 * BUDGETS[-1], "valid_loss": loss_of(params, tokens)}
+    after = find([*rows, {**rows[-1], **lone, "name": "lone"}], resamples=100)
+    assert after.isoflop is not None and before.isoflop is not None
+    assert after.isoflop.exponents() == before.isoflop.exponents() and after.curves_R.sum() == len(rows)
+    assert after.largest_R.tolist() == [False] * len(rows) + [True]
+    assert after.predicted()[-1].value == pytest.approx(lone["valid_loss"], rel=2e-3)
+    said = sentences(after, len(rows) + 1, {run.name: run.point for run in made.points} | {"lone": {}})
+    assert any(f"go through {len(rows)} of the runs" in sentence for sentence in said)
