@@ -75,17 +75,18 @@ class _Search:
         self.mask = context.valid[:, None, :]
         self.latest = self.decoder.latest(context, events_seen(context))
         self.dtype = context.tokens.dtype
-        self.past = self.decoder.empty_past(context.tokens.shape[0], 1, self.dtype)
+        self.past: tuple[tuple[Array, Array], ...] = ()
 
     def logits(self, level: int, last_BxW: Array) -> Array:
         """Those of every code of this level [B,W,V] after the code `last` of each beam."""
         x = self.decoder.embed_level(level, last_BxW, self.latest, self.dtype)[:, :, None, :]
         valid = jnp.ones(last_BxW.shape, bool)
-        x, _, self.past = self.decoder.decode(x, self.past, self.cross, self.mask, valid, self.bias)
+        x, _, own = self.decoder.decode(x, self.past, self.cross, self.mask, valid, self.bias)
+        self.past = (*self.past, own)
         return self.decoder.heads[level](x[:, :, 0]).astype(jnp.float32)
 
     def reorder(self, parent_BxW: Array) -> None:
-        """Beams continue those they came from; the cache is [G, every, B, W, C', H, K]."""
+        """Beams continue those they came from; the cache is [G, every, B, W, H, K] a level."""
         pick = jax.vmap(jax.vmap(_pick, in_axes=(0, None)), in_axes=(0, None))
         self.past = jax.tree.map(lambda a: pick(a, parent_BxW), self.past)
 

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from onerec_jax.config import ModelConfig
-from onerec_jax.model.layers import Linear, RMSNorm
+from onerec_jax.model.layers import Linear, RMSNorm, product
 from onerec_jax.model.optional import tokamax
 from onerec_jax.parallel.mesh import platform
 from onerec_jax.parallel.sharding import LAYOUT, several_devices
@@ -85,7 +85,8 @@ def attend_by_kernel(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask:
 
 def _weights(q_BxQxK: Array, k_BxNxK: Array, mask: Array) -> Array:
     """One head's softmax [B,Q,N], float32."""
-    scores = jnp.einsum("bqk,bnk->bqn", q_BxQxK * q_BxQxK.shape[-1] ** -0.5, k_BxNxK).astype(jnp.float32)
+    q_BxQxK = q_BxQxK * q_BxQxK.shape[-1] ** -0.5
+    scores = jnp.einsum("bqk,bnk->bqn", q_BxQxK, k_BxNxK, preferred_element_type=jnp.float32)
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -101,7 +102,7 @@ def attend_by_head(q_BxQxHxK: Array, k_BxNxHxK: Array, v_BxNxHxK: Array, mask: A
 
 def _attend_by_head(q: Array, k: Array, v: Array, mask: Array):
     weights = [_weights(q[:, :, h], k[:, :, h], mask) for h in range(q.shape[2])]
-    y = [jnp.einsum("bqn,bnk->bqk", w.astype(v.dtype), v[:, :, h]) for h, w in enumerate(weights)]
+    y = [product("bqn,bnk->bqk", w.astype(v.dtype), v[:, :, h]) for h, w in enumerate(weights)]
     return jnp.stack(y, axis=2), (q, k, v, weights)
 
 
@@ -110,15 +111,28 @@ def _attend_by_head_backward(saved: Any, dy: Array):
     heads = []
     for h, w in enumerate(weights):
         q_h, k_h, v_h, dy_h, w_h = q[:, :, h], k[:, :, h], v[:, :, h], dy[:, :, h], w.astype(v.dtype)
-        dw = jnp.einsum("bqk,bnk->bqn", dy_h, v_h).astype(jnp.float32)
+        dw = jnp.einsum("bqk,bnk->bqn", dy_h, v_h, preferred_element_type=jnp.float32)
         scale = q.shape[-1] ** -0.5
         dscores = (w * (dw - jnp.sum(w * dw, axis=-1, keepdims=True)) * scale).astype(q.dtype)
-        dq, dk = jnp.einsum("bqn,bnk->bqk", dscores, k_h), jnp.einsum("bqn,bqk->bnk", dscores, q_h)
-        heads.append((dq, dk, jnp.einsum("bqn,bqk->bnk", w_h, dy_h)))
+        dq, dk = product("bqn,bnk->bqk", dscores, k_h), product("bqn,bqk->bnk", dscores, q_h)
+        heads.append((dq, dk, product("bqn,bqk->bnk", w_h, dy_h)))
     return (*(jnp.stack(found, axis=2) for found in zip(*heads, strict=True)), None)
 
 
 attend_by_head.defvjp(_attend_by_head, _attend_by_head_backward)
+
+
+def attend_over_levels(q_xHxK: Array, levels: tuple[tuple[Array, Array], ...]) -> Array:
+    """`attend` of queries that each have a few keys and values of their own, pairs [...,H,K], and see all of them.
+
+    Products and sums of the queries' own shape, which fuse: a product of matrices for every query and head is thousands of
+    products of a vector with a handful.
+    """
+    q = q_xHxK.astype(jnp.float32) * q_xHxK.shape[-1] ** -0.5
+    scores = jnp.stack([jnp.sum(q * keys.astype(jnp.float32), axis=-1, keepdims=True) for keys, _ in levels])
+    weights = jax.nn.softmax(scores, axis=0)
+    y = sum(w * values.astype(jnp.float32) for w, (_, values) in zip(weights, levels, strict=True))
+    return jnp.asarray(y, q_xHxK.dtype)
 
 
 class Attention(nnx.Module):
@@ -143,9 +157,17 @@ class Attention(nnx.Module):
         k = self._split(self.key(x_BxNxD))
         return (k if self.key_norm is None else self.key_norm(k)), self._split(self.value(x_BxNxD))
 
+    def _queries(self, x: Array) -> Array:
+        q = self._split(self.query(x))
+        return q if self.query_norm is None else self.query_norm(q)
+
     @jax.named_scope("attention")
     def __call__(self, x_BxQxD: Array, keys: Array, values: Array, mask: Array | None) -> Array:
-        q = self._split(self.query(x_BxQxD))
-        q = q if self.query_norm is None else self.query_norm(q)
-        y = attend(q, keys, values, mask, self.implementation)
+        y = attend(self._queries(x_BxQxD), keys, values, mask, self.implementation)
         return self.out(y.reshape(*x_BxQxD.shape[:-1], -1))
+
+    @jax.named_scope("attention")
+    def over_levels(self, x_BxTxD: Array, levels: tuple[tuple[Array, Array], ...]) -> Array:
+        """Attention of each position over keys and values of its own, see `attend_over_levels`."""
+        y = attend_over_levels(self._queries(x_BxTxD), levels)
+        return self.out(y.reshape(*x_BxTxD.shape[:-1], -1))

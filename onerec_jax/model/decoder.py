@@ -36,28 +36,26 @@ class DecoderBlock(nnx.Module):
         self.ffn = FeedForwardOrMoE(config, moe, rngs, scale=scale)
 
     def __call__(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_E, key):
-        """`past` are this block's keys and values [B,T,C',H,K] of the C' levels already decoded (C' may be 0).
+        """All levels of targets at once (C of them), or the next one (C = 1) of beams whose `past` are this block's keys and
+        values of each level before, a tuple of pairs [B,T,H,K].
 
-        Returns x, what was routed, and keys and values of all C'+C levels.
+        Returns x, what was routed, and keys and values of these levels, [B,T,H,K] of one.
         """
         b, t, c, d = x_BxTxCxD.shape
-        normed = self.self_norm(x_BxTxCxD)
-        keys, values = (
-            jnp.concatenate([old, new], axis=2)
-            for old, new in zip(past, self.self_attention.keys_values(normed), strict=True)
-        )
-        total = keys.shape[2]
-        causal = jnp.arange(total)[None, :] <= jnp.arange(total - c, total)[:, None]
-        flat = (b * t, total, *keys.shape[3:])
-        y = self.self_attention(
-            normed.reshape(b * t, c, d), keys.reshape(flat), values.reshape(flat), causal[None, :, :]
-        )
+        normed = self.self_norm(x_BxTxCxD).reshape(b * t, c, d)
+        keys, values = self.self_attention.keys_values(normed)
+        if c == 1:
+            own = keys.reshape(b, t, *keys.shape[2:]), values.reshape(b, t, *values.shape[2:])
+            y = self.self_attention.over_levels(normed.reshape(b, t, d), (*past, own))
+        else:
+            own = None  # nothing follows the last level
+            y = self.self_attention(normed, keys, values, jnp.tril(jnp.ones((1, c, c), bool)))
         x = residual(x_BxTxCxD, y.reshape(x_BxTxCxD.shape), self.rate, key, 0)
         cross_keys, cross_values = cross
         y = self.cross_attention(self.cross_norm(x).reshape(b, t * c, d), cross_keys, cross_values, cross_mask)
         x = residual(x, y.reshape(x.shape), self.rate, key, 1)
         y, routed = self.ffn(self.ffn_norm(x), bias_E, jnp.broadcast_to(valid_BxT[:, :, None], (b, t, c)))
-        return residual(x, y, self.rate, key, 2), routed, (keys, values)
+        return residual(x, y, self.rate, key, 2), routed, own
 
 
 class Decoder(nnx.Module):
@@ -85,19 +83,17 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("decoder")
     def decode(self, x_BxTxCxD, past, cross, cross_mask, valid_BxT, bias_GxE, key=None):
-        """Runs the stack on embedded levels; returns normed hidden states, what was routed, and the grown cache."""
+        """Runs the stack on embedded levels; `past` are pairs [G, every, B, T, H, K] of keys and values, one a level before.
+
+        Returns normed hidden states, what was routed, and the pair of this level where it is one alone.
+        """
 
         def per_block(block: DecoderBlock, x: Array, bias: Array, key: Array | None, extra: Any):
             past, cross = extra
             return block(x, past, cross, cross_mask, valid_BxT, bias, key)
 
-        x, routed, cache = self.stack(x_BxTxCxD, per_block, bias_GxE, key, (past, cross))
-        return by_batch(self.norm(x)), routed, cache
-
-    def empty_past(self, b: int, t: int, dtype: jnp.dtype) -> tuple[Array, Array]:
-        c = self.config
-        shape = (self.stack.size, self.stack.every, b, t, 0, c.heads, c.width_of_head)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        x, routed, own = self.stack(x_BxTxCxD, per_block, bias_GxE, key, (past, cross))
+        return by_batch(self.norm(x)), routed, own
 
     def embed_level(self, level: int, codes: Array, latest: Array | None, dtype: jnp.dtype) -> Array:
         """Input of position `level`: BOS for 0 (codes give the shape), else the code of the level before.
@@ -119,7 +115,7 @@ class Decoder(nnx.Module):
     def __call__(self, context: Context, targets_BxTxC, visible_BxT, valid_BxT, bias_GxE, key: Array | None):
         """Teacher-forced logits per level, a tuple of float32 [B,T,V_level], and what was routed, stacked [G]."""
         dtype = context.tokens.dtype
-        b, t, levels = targets_BxTxC.shape
+        levels = targets_BxTxC.shape[2]
         latest = self.latest(context, visible_BxT)
         inputs = [self.embed_level(i, targets_BxTxC[..., max(0, i - 1)], latest, dtype) for i in range(levels)]
         x = dropout(jnp.stack(inputs, axis=2), self.config.dropout, None if key is None else jax.random.fold_in(key, 3))
@@ -127,7 +123,7 @@ class Decoder(nnx.Module):
         if self.config.causal:
             mask = jnp.repeat(mask & (context.position[None, None, :] < visible_BxT[:, :, None]), levels, axis=1)
         x, routed, _ = self.decode(
-            x, self.empty_past(b, t, dtype), self.cross_keys_values(context), mask, valid_BxT, bias_GxE,
+            x, (), self.cross_keys_values(context), mask, valid_BxT, bias_GxE,
             None if key is None else jax.random.fold_in(key, 4),
         )  # fmt: skip
         return tuple(head(x[:, :, i]).astype(jnp.float32) for i, head in enumerate(self.heads)), routed

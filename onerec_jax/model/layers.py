@@ -9,21 +9,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from onerec_jax.parallel.mesh import platform
 from onerec_jax.parallel.sharding import by_batch
+
+
+def product(equation: str, x: Array, y: Array) -> Array:
+    """einsum in the type of its operands. On a CPU its sums are rounded to that type last of all, which in bfloat16 is twice
+    as fast there as asking XLA for bfloat16 sums; elsewhere they are summed in float32 anyway."""
+    sums = jnp.float32 if platform() == "cpu" else None
+    return jnp.einsum(equation, x, y, preferred_element_type=sums).astype(x.dtype)
 
 
 @jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
     """x [...,D] @ w [D,F]; the gradient of w is x^T dy as it stands, where XLA would transpose dy, often the larger."""
-    return x @ w
+    return product("...d,df->...f", x, w)
 
 
 def _matmul_backward(saved: tuple[Array, Array], dy: Array):
     x, w = saved
-    return dy @ w.T, jnp.einsum("xd,xf->df", x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+    dw = product("xd,xf->df", x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+    return product("...f,fd->...d", dy, w.T), dw
 
 
-matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
 class Linear(nnx.Module):

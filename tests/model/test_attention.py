@@ -1,4 +1,4 @@
-"""Attention as a GPU runs it, as far as a machine without one can say."""
+"""Attention as a GPU runs it, as far as a machine without one can say, and of a query over a few keys of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from onerec_jax.errors import InputError
-from onerec_jax.model.attention import attend, attention_name
+from onerec_jax.model.attention import attend, attend_over_levels, attention_name
 
 B, Q, N, H, K = 2, 33, 40, 4, 16
 
@@ -43,6 +43,19 @@ def test_without_tokamax_the_error_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(InputError, match=r"pip install tokamax, or use fused"):
         attend(x, x, x, None, "tokamax")
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_over_levels_it_is_attention_of_one_query_over_keys_of_its_own(levels: int, dtype: str):
+    q, *rest = (jax.random.normal(jax.random.key(i), (B * Q, H, K), dtype) for i in range(1 + 2 * levels))
+    pairs = tuple(zip(rest[::2], rest[1::2], strict=True))
+    keys, values = (jnp.stack(found, axis=1) for found in zip(*pairs, strict=True))
+    expected = attend(q[:, None], keys, values, None, "xla")[:, 0]
+    found = attend_over_levels(q, pairs)
+    assert found.dtype == q.dtype
+    close = 1e-6 if dtype == "float32" else 0.03
+    assert jnp.max(jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32))) < close
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -124,15 +124,17 @@ def make_decoder(model: Model, beams: tuple[int, ...]) -> Callable[..., list[Arr
         decoder = model.bind(params).decoder
         assert decoder is not None, "a model with an item head has no codes to decode"
         dtype, mask = context.tokens.dtype, context.valid[:, None, :]
+        past: tuple[tuple[Array, Array], ...] = ()
         cross, latest = decoder.cross_keys_values(context), decoder.latest(context, events_seen(context))
-        past, largest = decoder.empty_past(codes_BxGxC.shape[0], 1, dtype), []
+        largest = []
         for level, width in enumerate(beams):
-            if width != past[0].shape[3]:
-                own = jnp.arange(width) % past[0].shape[3]
+            if past and width != past[0][0].shape[3]:
+                own = jnp.arange(width) % past[0][0].shape[3]
                 past = jax.tree.map(lambda cache, own=own: jnp.take(cache, own, axis=3), past)
             last_BxW = codes_BxGxC[:, :width, max(0, level - 1)]
             x = decoder.embed_level(level, last_BxW, latest, dtype)[:, :, None, :]
-            x, _, past = decoder.decode(x, past, cross, mask, jnp.ones(last_BxW.shape, bool), bias["decoder"])
+            x, _, of_level = decoder.decode(x, past, cross, mask, jnp.ones(last_BxW.shape, bool), bias["decoder"])
+            past = (*past, of_level)
             largest.append(jnp.max(decoder.heads[level](x[:, :, 0]).astype(jnp.float32), axis=-1))
         return largest
 
