@@ -13,7 +13,7 @@ from rich.table import Table
 from onerec_jax.errors import InputError
 from onerec_jax.evaluate.jackknife import Interval
 from onerec_jax.scaling.fit import Fit, fit_law
-from onerec_jax.scaling.isoflop import IsoFlop, fit_isoflop
+from onerec_jax.scaling.isoflop import IsoFlop, fit_isoflop, of_curves
 from onerec_jax.scaling.law import Law
 from onerec_jax.scaling.runs import Runs
 
@@ -43,7 +43,9 @@ def fit_runs(
     if kind == "isoflop":
         if objective is not None or asymptote is not None:
             raise InputError("kind isoflop fits parabolas by least squares: it has neither --objective nor --asymptote")
-        return isoflop_summary(fit_isoflop(runs, rising, resamples=resamples, seed=seed), runs, budgets)
+        on_curves = runs.where(of_curves(runs))
+        fit = fit_isoflop(on_curves, rising, resamples=resamples, seed=seed)
+        return {**isoflop_summary(fit, on_curves, budgets), "left_out": len(runs) - len(on_curves)}
     variables = ("params", "tokens") if by is None else (by,)
     law = Law(variables, objective or "huber_log", asymptote, rising)  # type: ignore[arg-type]  # which refuses any other
     return law_summary(fit_law(runs, law, resamples, seed), budgets)
@@ -127,6 +129,8 @@ def tables(summary: dict[str, Any]) -> Group:
         constants.add_row(
             name, _full(found["value"]), _range(found["low"], found["high"]), _range(*spread) if spread else ""
         )
+    if summary.get("left_out"):
+        constants.caption = f"left out: {summary['left_out']} at budgets of fewer than three sizes"
     if "minimum" in summary:
         constants.caption = f"minimum {summary['minimum']:.10g}, RMSE {summary['rmse']:.4g}"
     parts: list[Any] = [constants]

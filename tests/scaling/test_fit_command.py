@@ -80,6 +80,10 @@ def test_curves_are_shown_by_budget(tmp_path: Path):
         "value"
     ] == pytest.approx(2e10)
     assert "largest budget left out" in run(*words)
+    path.write_text("\n".join([*rows, "3e9,1e21,0.2"]) + "\n")
+    with_a_lone_run = json.loads(run(*words, "--json"))
+    assert with_a_lone_run["left_out"] == 1 and with_a_lone_run["curves"] == found["curves"]
+    assert "left out: 1 at budgets of fewer than three sizes" in run(*words)
 
 
 def test_what_is_not_finite_is_null_in_json():
