@@ -33,7 +33,10 @@ def _matmul_backward(saved: tuple[Array, Array], dy: Array):
 
 
 def _matmul_forward(x: Array, w: Array):
-    return product("...d,df->...f", x, w), (x, w)  # not `matmul`, in which a policy of rematerialisation sees no product
+    return product("...d,df->...f", x, w), (
+        x,
+        w,
+    )  # not `matmul`, in which a policy of rematerialisation sees no product
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
