@@ -14,8 +14,11 @@ from onerec_jax.parallel.sharding import by_batch
 
 
 def product(equation: str, x: Array, y: Array) -> Array:
-    """einsum in the type of its operands. On a CPU its sums are rounded to that type last of all, which in bfloat16 is twice
-    as fast there as asking XLA for bfloat16 sums; elsewhere they are summed in float32 anyway."""
+    """einsum in the type of its operands.
+
+    On a CPU, XLA is asked for float32 sums, which it then rounds: bfloat16 sums take it twice as long, and other processors sum
+    in float32 unasked.
+    """
     sums = jnp.float32 if platform() == "cpu" else None
     return jnp.einsum(equation, x, y, preferred_element_type=sums).astype(x.dtype)
 
@@ -33,10 +36,8 @@ def _matmul_backward(saved: tuple[Array, Array], dy: Array):
 
 
 def _matmul_forward(x: Array, w: Array):
-    return product("...d,df->...f", x, w), (
-        x,
-        w,
-    )  # not `matmul`, in which a policy of rematerialisation sees no product
+    # the product itself: a policy of rematerialisation sees none inside a function with a derivative of its own
+    return product("...d,df->...f", x, w), (x, w)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
