@@ -97,6 +97,12 @@ class RLConfig(Section):
     beta: float = setting(0.1, "strength of the preference objectives' reference", gt=0)
     negatives: int = setting(3, "s_dpo: rejected candidates per chosen one", ge=1)
     kl_weight: float = setting(0.0, "weight of the divergence from the run that RL started from, 0 = none", ge=0)
+    rest_weight: float = setting(
+        0.0,
+        "with rl.item_weight: weight of the divergence from the run that RL started from on the items that were not "
+        "generated, 0 = none; RL then moves the head of the list alone",
+        ge=0,
+    )
     group: int = setting(128, "candidates per request", ge=2)
     rollout: Literal["beam", "sample"] = setting(
         "beam", "how candidates are generated; sample: at random without replacement"
@@ -129,6 +135,8 @@ class RLConfig(Section):
             raise ValueError("rl.rewards weighs nothing: give at least one reward a weight, such as {p_score: 1.0}")
         if self.rollout == "beam" and (self.top_k or self.top_p < 1 or self.temperature != 1):
             raise ValueError("rl.temperature, rl.top_k and rl.top_p are of rl.rollout sample")
+        if self.rest_weight and not self.item_weight:
+            raise ValueError("rl.rest_weight holds the item head to what it was, which only rl.item_weight moves: give both")
         if self.distribution == "legal" and not self.constrained:
             raise ValueError(
                 "rl.distribution legal needs rl.constrained: a code that leads to no item has no probability there"

@@ -15,7 +15,7 @@ from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.judge import make_judge
-from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, item_log_p, make_rollout, read_request
+from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, item_distribution, item_log_p, make_rollout, read_request
 from onerec_jax.posttrain.step import AGAINST_THE_LOG, FROM_THE_START, Experience
 from onerec_jax.reward.candidates import Catalogue
 from onerec_jax.reward.format import format_advantage, legality
@@ -47,9 +47,9 @@ def make_experience(
         module, context, _ = read_request(model, policy, request)
         return candidate_log_p(module, context, codes, valid, policy["bias"], trie, settings.distribution)
 
-    def of_items(policy: Policy, request: Batch, item: Array, valid: Array, trie: DeviceTrie) -> Array:
+    def of_items(policy: Policy, request: Batch, trie: DeviceTrie) -> Array:
         module, context, local = read_request(model, policy, request)
-        return item_log_p(module, context, local, item, valid, trie)
+        return item_distribution(module, context, local, trie)
 
     @jax.jit
     def experience(
@@ -89,10 +89,13 @@ def make_experience(
             reference = log_p(start, request, codes, valid, trie)
         chance = jax.random.uniform(keys[1], valid.shape)
         group = Group(jnp.zeros(old.shape), old, reference, reward, valid, logged, chance)
-        item_group = None
+        item_group = item_start = None
         if settings.item_weight:
-            old = of_items(behaviour, request, item, valid, trie)
-            reference = of_items(start, request, item, valid, trie) if from_the_start else old
+            old = item_log_p(of_items(behaviour, request, trie), item, valid)
+            reference = old
+            if from_the_start or settings.rest_weight:
+                item_start = of_items(start, request, trie)
+                reference = item_log_p(item_start, item, valid)
             item_group = Group(jnp.zeros(old.shape), old, reference, reward, valid, logged, chance)
 
         searched = rollout
@@ -118,6 +121,7 @@ def make_experience(
             format_valid=looked_at(advantage > 0),
             item=item if settings.item_weight else None,
             item_group=item_group,
+            item_start=item_start if settings.rest_weight else None,
         ), metrics
 
     return experience

@@ -282,6 +282,34 @@ def kl_to_reference(group: Group) -> tuple[Array, Metrics]:
     return _total("rl/kl", kl_B, jnp.any(counts_BxG, axis=1))
 
 
+def kl_of_rest(
+    log_p_BxI: Array, reference_BxI: Array, item_BxG: Array, valid_BxG: Array
+) -> tuple[Array, Metrics]:
+    """KL(π_ref ‖ π) over the items that are no valid candidate, each distribution made one of them alone; exact.
+
+    A reordering of the candidates costs nothing, what an objective on them does to other items by the parameters that they
+    share does.
+
+    Args:
+        log_p_BxI: log-probability of every item, that of the policy being trained.
+        reference_BxI: the same of the run that RL started from.
+
+    Returns:
+        The sum over requests, and `rl/rest_kl`, that sum and the number of requests.
+    """
+    requests, items = log_p_BxI.shape
+    place_BxG = jnp.where(valid_BxG, item_BxG, items)  # beyond the end: dropped
+    rest_BxI = jnp.ones((requests, items), bool).at[jnp.arange(requests)[:, None], place_BxG].set(False, mode="drop")
+    rest_BxI &= jnp.isfinite(reference_BxI)
+
+    def alone(value_BxI: Array) -> Array:
+        return jax.nn.log_softmax(jnp.where(rest_BxI, value_BxI, -1e30))  # finite, for a request of no other item
+
+    reference_BxI = stop_gradient(alone(reference_BxI))
+    apart_BxI = jnp.where(rest_BxI, jnp.exp(reference_BxI) * (reference_BxI - alone(log_p_BxI)), 0.0)
+    return _total("rl/rest_kl", jnp.sum(apart_BxI, axis=1), jnp.ones(requests, bool))
+
+
 OBJECTIVES: dict[str, Objective] = {
     "grpo": _of_rewards(grpo_of),
     "ecpo": _of_rewards(ecpo_of),

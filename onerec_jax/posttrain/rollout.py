@@ -163,13 +163,10 @@ def item_distribution(module: OneRec, context: Context, request: Batch, trie: De
     return jax.nn.log_softmax(module.item_logits(states, trie)[:, 0])
 
 
-def item_log_p(
-    module: OneRec, context: Context, request: Batch, item_BxG: Array, valid_BxG: Array, trie: DeviceTrie | None
-) -> Array:
-    """log P(item | context) of each candidate by the item head, float32 [B,G,1], differentiable.
+def item_log_p(log_p_BxI: Array, item_BxG: Array, valid_BxG: Array) -> Array:
+    """log P(item | context) of each candidate, of `item_distribution`, float32 [B,G,1], differentiable.
 
     As `candidate_log_p`, of an ID of one code: what is not valid has log P 0 and no gradient.
     """
-    log_p_BxI = item_distribution(module, context, request, trie)
     own = jnp.take_along_axis(log_p_BxI, jnp.where(valid_BxG, item_BxG, 0), axis=-1)
     return jnp.where(valid_BxG, own, 0.0)[..., None]

@@ -17,8 +17,8 @@ from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.model.tables import gather, this_step, update_tables
 from onerec_jax.posttrain.group import Group
-from onerec_jax.posttrain.objectives import OBJECTIVES, ecpo_of, kl_to_reference
-from onerec_jax.posttrain.rollout import candidate_log_p, item_log_p
+from onerec_jax.posttrain.objectives import OBJECTIVES, ecpo_of, kl_of_rest, kl_to_reference
+from onerec_jax.posttrain.rollout import candidate_log_p, item_distribution, item_log_p
 from onerec_jax.train.divergence import counted, where_finite
 from onerec_jax.train.metrics import Metrics, mean
 from onerec_jax.train.state import TrainState
@@ -41,6 +41,7 @@ class Experience:
     format_valid: Array  # bool [B,K]
     item: Array | None = None  # int32 [B,G], the candidates' items, where `rl.item_weight` asks for them
     item_group: Group | None = None  # as `group`, of the item head's probabilities [B,G,1]
+    item_start: Array | None = None  # float32 [B,I], log P of every item at the start, where `rl.rest_weight` asks for it
 
 
 class Sums(NamedTuple):
@@ -54,7 +55,7 @@ def make_rl_loss(model: Model, recipe: Recipe) -> Callable[..., tuple[Array, Met
     """(params, (rows, rows of the experience), bias, logged requests, key, trie, experience, 1 / weights) -> loss, metrics.
 
     The loss is ntp_weight x L_NTP + weight x (objective + item_weight x the same on the item head) + kl_weight x KL +
-    format_weight x ECPO of the format reward, each the mean over all that counts of the whole step: L_NTP over target
+    rest_weight x KL of what was not generated + format_weight x ECPO of the format reward, each the mean over all that counts of the whole step: L_NTP over target
     weights, the others over requests.
     """
     settings, train = recipe.rl, recipe.train
@@ -77,12 +78,15 @@ def make_rl_loss(model: Model, recipe: Recipe) -> Callable[..., tuple[Array, Met
         own, of_objective = objective(group, settings)
         total, metrics = total + settings.weight * per_request * own, metrics | of_objective
         if seen.item is not None and seen.item_group is not None:
-            log_p_items = item_log_p(module, context, seen.request, seen.item, seen.item_group.valid, trie)
-            of_items = seen.item_group._replace(log_p=log_p_items)
+            log_p_items = item_distribution(module, context, seen.request, trie)
+            of_items = seen.item_group._replace(log_p=item_log_p(log_p_items, seen.item, seen.item_group.valid))
             own, of_objective = objective(of_items, settings)
             total += settings.weight * settings.item_weight * per_request * own
             metrics["rl/item_loss"] = of_objective["rl/loss"]
             metrics["policy/item_log_p"] = _log_p_of(of_items)
+            if seen.item_start is not None:
+                apart, of_rest = kl_of_rest(log_p_items, seen.item_start, seen.item, seen.item_group.valid)
+                total, metrics = total + settings.rest_weight * per_request * apart, metrics | of_rest
         if settings.kl_weight:
             divergence, of_kl = kl_to_reference(group)
             total, metrics = total + settings.kl_weight * per_request * divergence, metrics | of_kl

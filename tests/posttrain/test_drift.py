@@ -15,7 +15,7 @@ from onerec_jax.model.onerec import build
 from onerec_jax.model.prefixes import device_trie
 from onerec_jax.posttrain.drift import CANDIDATES, make_drift
 from onerec_jax.posttrain.group import Group
-from onerec_jax.posttrain.rollout import candidate_log_p, item_log_p
+from onerec_jax.posttrain.rollout import candidate_log_p, item_distribution, item_log_p
 from onerec_jax.posttrain.step import Experience
 from onerec_jax.tokenizer.trie import Trie
 from onerec_jax.train.metrics import ratios
@@ -85,7 +85,7 @@ def test_entropy_and_kl_are_sums_over_every_code(distribution: Any):
     scored = []
     for policy in policies:
         module, context, local = parts(policy)
-        scored.append(np.asarray(item_log_p(module, context, local, everything, every, trie))[..., 0])  # type: ignore[arg-type]
+        scored.append(np.asarray(item_log_p(item_distribution(module, context, local, trie), everything, every))[..., 0])
     each = [expected(now, then) for now, then in zip(*scored, strict=True)]
     told = found["policy/entropy/items"], found["policy/kl/items"]
     np.testing.assert_allclose(told, np.mean(each, axis=0), rtol=1e-4, atol=1e-6)

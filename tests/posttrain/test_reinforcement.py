@@ -196,7 +196,11 @@ def random_experience(recipe: Recipe, request: Batch, ids: SemanticIds) -> Exper
     old = old[..., :1] - 3
     of_items = group._replace(log_p=np.zeros_like(old), old=old, reference=old)
     item = rng.integers(0, len(ids.codes), valid.shape).astype(np.int32)
-    return dataclasses.replace(made, item=np.where(valid, item, -1), item_group=of_items)
+    made = dataclasses.replace(made, item=np.where(valid, item, -1), item_group=of_items)
+    if not recipe.rl.rest_weight:
+        return made
+    start = rng.normal(size=(requests, len(ids.codes))).astype(np.float32)
+    return dataclasses.replace(made, item_start=start)
 
 
 def with_model(recipe: Recipe, **model) -> Recipe:
@@ -248,7 +252,7 @@ def test_the_item_head_learns_by_the_same_objective_from_its_own_probabilities(r
 
 def test_micro_batches_give_the_step_of_the_whole_batch_however_uneven_their_masks(recipe: Recipe):
     """Every part of the loss, those of the codes and that of the item head."""
-    own = rl_recipe(changed(recipe, "parts", kl_weight=0.1, item_weight=0.5))
+    own = rl_recipe(changed(recipe, "parts", kl_weight=0.1, item_weight=0.5, rest_weight=0.3))
     own = with_model(own, head="both", item_input="both", dropout=0.0)
     dataset, ids, model = load_inputs(own)
     optimizer = optax.sgd(1.0)
