@@ -136,7 +136,9 @@ class RLConfig(Section):
         if self.rollout == "beam" and (self.top_k or self.top_p < 1 or self.temperature != 1):
             raise ValueError("rl.temperature, rl.top_k and rl.top_p are of rl.rollout sample")
         if self.rest_weight and not self.item_weight:
-            raise ValueError("rl.rest_weight holds the item head to what it was, which only rl.item_weight moves: give both")
+            raise ValueError(
+                "rl.rest_weight holds the item head to what it was, which only rl.item_weight moves: give both"
+            )
         if self.distribution == "legal" and not self.constrained:
             raise ValueError(
                 "rl.distribution legal needs rl.constrained: a code that leads to no item has no probability there"

@@ -15,7 +15,14 @@ from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.judge import make_judge
-from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, item_distribution, item_log_p, make_rollout, read_request
+from onerec_jax.posttrain.rollout import (
+    Rollout,
+    candidate_log_p,
+    item_distribution,
+    item_log_p,
+    make_rollout,
+    read_request,
+)
 from onerec_jax.posttrain.step import AGAINST_THE_LOG, FROM_THE_START, Experience
 from onerec_jax.reward.candidates import Catalogue
 from onerec_jax.reward.format import format_advantage, legality

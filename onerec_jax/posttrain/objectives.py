@@ -282,9 +282,7 @@ def kl_to_reference(group: Group) -> tuple[Array, Metrics]:
     return _total("rl/kl", kl_B, jnp.any(counts_BxG, axis=1))
 
 
-def kl_of_rest(
-    log_p_BxI: Array, reference_BxI: Array, item_BxG: Array, valid_BxG: Array
-) -> tuple[Array, Metrics]:
+def kl_of_rest(log_p_BxI: Array, reference_BxI: Array, item_BxG: Array, valid_BxG: Array) -> tuple[Array, Metrics]:
     """KL(π_ref ‖ π) over the items that are no valid candidate, each distribution made one of them alone; exact.
 
     A reordering of the candidates costs nothing, what an objective on them does to other items by the parameters that they

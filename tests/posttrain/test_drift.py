@@ -85,7 +85,9 @@ def test_entropy_and_kl_are_sums_over_every_code(distribution: Any):
     scored = []
     for policy in policies:
         module, context, local = parts(policy)
-        scored.append(np.asarray(item_log_p(item_distribution(module, context, local, trie), everything, every))[..., 0])
+        scored.append(
+            np.asarray(item_log_p(item_distribution(module, context, local, trie), everything, every))[..., 0]
+        )
     each = [expected(now, then) for now, then in zip(*scored, strict=True)]
     told = found["policy/entropy/items"], found["policy/kl/items"]
     np.testing.assert_allclose(told, np.mean(each, axis=0), rtol=1e-4, atol=1e-6)
