@@ -57,8 +57,8 @@ def make_rl_loss(model: Model, recipe: Recipe) -> Callable[..., tuple[Array, Met
     """(params, (rows, rows of the experience), bias, logged requests, key, trie, experience, 1 / weights) -> loss, metrics.
 
     The loss is ntp_weight x L_NTP + weight x (objective + item_weight x the same on the item head) + kl_weight x KL +
-    rest_weight x KL of what was not generated + format_weight x ECPO of the format reward, each the mean over all that counts of the whole step: L_NTP over target
-    weights, the others over requests.
+    rest_weight x KL of what was not generated + format_weight x ECPO of the format reward, each the mean over all that
+    counts of the whole step: L_NTP over target weights, the others over requests.
     """
     settings, train = recipe.rl, recipe.train
     next_token = make_loss(model, train.label_smoothing, train.sampled_items, train.item_weight, train.code_targets)
