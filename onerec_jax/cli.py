@@ -9,12 +9,12 @@ import time
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from onerec_jax.errors import BACKOFF, FORESEEN, ExitCode, InputError
 from onerec_jax.recipe import load_recipe
 from onerec_jax.scaling.verbs import app as sweep
+from onerec_jax.terminal import make_console
 
 app = typer.Typer(
     help="OneRec-style generative recommenders in JAX.", no_args_is_help=True, pretty_exceptions_enable=False,
@@ -26,7 +26,7 @@ RecipeName = Annotated[str, typer.Argument(help="a recipe of configs/ by name, o
 RunName = Annotated[str, typer.Argument(help="a run by name or folder, RUN or RUN@STEP", metavar="RUN")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings, as key.path=value", metavar="[KEY=VALUE]...")]
 
-console = Console()
+console = make_console()
 
 
 def say(line: Any) -> None:

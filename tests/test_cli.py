@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from rich.table import Table
 from stand_ins import instant_training
 
 from onerec_jax import cli
@@ -20,6 +22,7 @@ from onerec_jax.config import Recipe
 from onerec_jax.data import prepare
 from onerec_jax.errors import InputError, StorageError
 from onerec_jax.recipe import load_recipe
+from onerec_jax.terminal import make_console
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -391,3 +394,12 @@ def test_a_failure_of_storage_pauses_where_the_launcher_asks_for_it_and_bad_inpu
     assert (answer.code, answer.err, paused) == (4, "onerec: the bucket is gone\n", [7.0])
     failure = InputError("no")
     assert (onerec("pretrain", "tiny").code, paused) == (2, [7.0])
+
+
+def test_a_table_in_a_file_keeps_its_numbers_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table(*(f"R@{10 * k}" for k in range(1, 13)))
+    table.add_row(*["0.123456"] * 12)
+    with (tmp_path / "log").open("w") as log, contextlib.redirect_stdout(log):
+        make_console().print(table)
+    assert (tmp_path / "log").read_text().count("0.123456") == 12

@@ -6,8 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from onerec_jax.terminal import make_console
 
 FolderName = Annotated[str, typer.Argument(help="a sweep that was started: its folder, or name in runs/sweeps")]
 
@@ -60,7 +61,7 @@ def status(sweep: FolderName) -> None:
     from onerec_jax.scaling.progress import rows_of, table
 
     found = load_folder(sweep)
-    Console().print(table(found, rows_of(found, set())), highlight=False)
+    make_console().print(table(found, rows_of(found, set())), highlight=False)
 
 
 @app.command()
