@@ -290,6 +290,7 @@ FLIPS: dict[str, Flip] = {
     "rl.ntp_weight": Flip(0.5, probe.rl_step),
     "rl.weight": Flip(0.5, probe.rl_step),
     "rl.item_weight": Flip(1.0, probe.experience, {**BOTH_HEADS, **DRAWN}),
+    "rl.rest_weight": Flip(0.5, probe.experience, {**BOTH_HEADS, **DRAWN, "rl.item_weight": 1.0}),
     "rl.learning_rate": Flip(2e-4, probe.rl_step),
     "rl.table_rate": Flip(2e-4, probe.rl_step),
     "rl.objective": Flip("grpo", probe.rl_step),
