@@ -1,4 +1,4 @@
-"""What is done with the rewards of a group of candidates: eight objectives of one signature, and a divergence.
+"""What is done with the rewards of a group of candidates: eight objectives of one signature, and two divergences.
 
 An objective returns the sum over requests of each request's loss, which is a mean over its candidates that count, and
 metrics. `metrics["rl/loss"]` holds that sum and the number of requests that count, by which the loop divides after it has

@@ -41,9 +41,7 @@ class Experience:
     format_valid: Array  # bool [B,K]
     item: Array | None = None  # int32 [B,G], the candidates' items, where `rl.item_weight` asks for them
     item_group: Group | None = None  # as `group`, of the item head's probabilities [B,G,1]
-    item_start: Array | None = (
-        None  # float32 [B,I], log P of every item at the start, where `rl.rest_weight` asks for it
-    )
+    item_start: Array | None = None  # float32 [B,I], log P of every item where RL began, for `rl.rest_weight`
 
 
 class Sums(NamedTuple):
