@@ -3,8 +3,10 @@
     python tools/bench/checkpoint.py onerec_0.121b train.batch_size=8 model.dtype=float32 --to /tmp
 
 Steps are the recipe's own on made-up batches. A save follows every few of them, as in training: the state
-is copied and the next step begins while files are written; the stall is the time until it begins. The
-disk's speed is that of one file of the same size, written with fsync and read after it was dropped from the page cache.
+is copied and the next step begins while files are written; the stall is the time until it begins. Right after a step, on a
+CPU, whoever asks for memory next is stopped until the system has taken back that of the step. Another step pays for it as a
+save does, so it is waited for before the save and shown apart. The disk's speed is that of one file of the same size, written
+with fsync and read after it was dropped from the page cache.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import functools
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +40,13 @@ def timed(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def settle() -> None:
+    """Starts a thread, whose stack has to wait for the memory of the step to be given back."""
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
 
 
 def drop(folder: Path) -> None:
@@ -71,6 +81,7 @@ def measure(recipe: Recipe, saves: int, between: int, folder: Path) -> Table:
     state, metrics = jax.block_until_ready(step(state, batches[0], trie))
     steps: list[float] = []
     waits: list[float] = []
+    pauses: list[float] = []
     stalls: list[float] = []
     for number in range(1, saves + 1):
         for i in range(between):
@@ -78,6 +89,7 @@ def measure(recipe: Recipe, saves: int, between: int, folder: Path) -> Table:
             state, metrics = step(state, batches[i % 2], trie)
             jax.block_until_ready((state, metrics))
             steps.append(time.perf_counter() - started)
+        pauses.append(timed(settle))
         waits.append(timed(checkpoints.wait))
         stalls.append(timed(functools.partial(checkpoints.save, number, state, {"step": number}, recipe)))
     written = stalls[-1] + timed(checkpoints.wait)
@@ -101,6 +113,7 @@ def measure(recipe: Recipe, saves: int, between: int, folder: Path) -> Table:
     table.add_row(f"stall of a save, median of {saves}", f"{stall:.3f}", "")
     table.add_row("  of one step", f"{stall / step_s:.1%}", "")
     table.add_row(f"  of the {every:,} steps between two saves", f"{stall / step_s / every:.4%}", "")
+    table.add_row("pause after a step, whatever comes next", f"{statistics.median(pauses):.3f}", "")
     table.add_row(f"wait for a save that began {between} steps before", f"{statistics.median(waits[1:]):.2f}", "")
     for name, seconds in (
         ("save, until all is on disk and checked", written), ("restore", restored), ("checksums of all files", checked),
