@@ -7,7 +7,7 @@ import sys
 
 from rich.console import Console
 
-UNSEEN = 200  # columns of an output that is no terminal
+FILE_WIDTH = 200  # columns
 
 
 def make_console() -> Console:
@@ -15,4 +15,4 @@ def make_console() -> Console:
 
     `COLUMNS` decides where it is set.
     """
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else UNSEEN)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)

@@ -32,6 +32,22 @@ from onerec_jax.train.metrics import Metrics
 Policy = dict[str, Any]  # params, tables and bias, see `checkpoint.POLICY`
 
 
+def looked_at(searched: Rollout, size: int, key: Array) -> tuple[Array, Array, Array]:
+    """What the format reward looks at of a search: `size` random candidates of each request, in their order.
+
+    Returns:
+        Their codes [B,K,C], log-probabilities [B,K,C], and which of them are legal, bool [B,K].
+    """
+    legal = searched.leaf >= 0
+    advantage, chosen = format_advantage(legal, searched.exists, jax.random.uniform(key, legal.shape), size)
+    first_BxK = jnp.argsort(~chosen, axis=1, stable=True)[:, :size]
+
+    def of_them(x: Array) -> Array:
+        return jnp.take_along_axis(x, first_BxK.reshape(*first_BxK.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    return of_them(searched.codes), of_them(searched.log_p_all), of_them(advantage > 0)
+
+
 def make_experience(
     model: Model, recipe: Recipe, labels: tuple[str, ...], reward: RewardModel | None
 ) -> Callable[..., tuple[Experience, Metrics]]:
@@ -108,24 +124,16 @@ def make_experience(
         searched = rollout
         if free_of is not None:
             searched = free_of(*given, keys[2])
-        legal = searched.leaf >= 0
         if free_of is not None or shared:
-            metrics["legality"] = legality(legal, searched.exists)
-        size = settings.format_samples if looks else 0
-        chance = jax.random.uniform(keys[3], legal.shape)
-        advantage, chosen = format_advantage(legal, searched.exists, chance, size)
-        first = jnp.argsort(~chosen, axis=1, stable=True)[:, :size]  # the chosen ones, in their order
-
-        def looked_at(x: Array) -> Array:
-            return jnp.take_along_axis(x, first.reshape(*first.shape, *[1] * (x.ndim - 2)), axis=1)
-
+            metrics["legality"] = legality(searched.leaf >= 0, searched.exists)
+        format_codes, format_old, format_valid = looked_at(searched, settings.format_samples if looks else 0, keys[3])
         return Experience(
             request=request,
             codes=codes,
             group=group,
-            format_codes=looked_at(searched.codes),
-            format_old=looked_at(searched.log_p_all),
-            format_valid=looked_at(advantage > 0),
+            format_codes=format_codes,
+            format_old=format_old,
+            format_valid=format_valid,
             item=item if settings.item_weight else None,
             item_group=item_group,
             item_start=item_start if settings.rest_weight else None,
