@@ -1,7 +1,8 @@
 """Where the seconds of a run go, over all of its starts: `goodput.jsonl`, and what it says.
 
 A process writes one line when it knows the step it goes on from, and then one line of seconds by kind for every stretch of
-steps. What no line covers between two starts, and the steps that a start has to take again, is lost to restarts.
+steps. What no line covers between two starts, and the steps that a start has to take again, is lost to restarts. A run that
+has come to its end says so, and the time until somebody starts it again is nobody's.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class Books:
         self._write({"time": self._last, "from": self._from, "to": step, "seconds": seconds})
         self._seconds, self._from = dict.fromkeys(KINDS, 0.0), step
 
+    def end(self) -> None:
+        """The run is done, as far as it was asked for."""
+        self._write({"time": self._last, "end": self._from})
+
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_duration)
         if self._file is not None:
@@ -106,7 +111,7 @@ class Books:
 def goodput(run: Path) -> tuple[dict[str, float], int]:
     """Seconds of each kind from the first start of a run to its last line, and how often it was started.
 
-    Their sum is the wall time. A stretch whose steps were taken again later is lost, whatever it was spent on.
+    Their sum is the wall time without that between an end and the next start. A stretch whose steps were taken again later is lost, whatever it was spent on.
 
     Raises:
         InputError: the run has written no `goodput.jsonl`.
@@ -124,6 +129,8 @@ def goodput(run: Path) -> tuple[dict[str, float], int]:
         elif "start" in line:
             starts += 1
             spent[LOST] += 0.0 if now is None else max(0.0, line["time"] - now)
+        elif "end" in line:
+            now = None
     return spent, starts
 
 

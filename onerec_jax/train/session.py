@@ -51,6 +51,8 @@ class Session:
         self._preemption.__exit__()
         self._watchdog.close()
         self.books.flush(self._at)
+        if error is None:
+            self.books.end()
         self.books.close()
         if self._served is not None:
             self._served.close()

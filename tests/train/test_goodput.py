@@ -78,6 +78,20 @@ def test_the_seconds_of_any_sequence_of_starts_kills_and_ways_back_add_up_to_the
     assert spent["step"] == pytest.approx(sum(useful.values()))
 
 
+def test_the_time_after_the_end_of_a_run_is_not_lost_and_that_after_a_preemption_is(tmp_path: Path):
+    clock = Clock()
+    for ended in (True, False, True):
+        clock.now += 1000
+        books = Books(tmp_path, clock)
+        books.begin(0 if clock.now == 2000 else 10)
+        clock.now += 5
+        books.flush(10)
+        if ended:
+            books.end()
+        books.close()
+    assert goodput(tmp_path) == (pytest.approx(dict.fromkeys(KINDS, 0.0) | {"step": 15, LOST: 1000}), 3)
+
+
 def test_nothing_is_written_before_training_begins(tmp_path: Path):
     books = Books(tmp_path / "run")
     books.flush(0)
