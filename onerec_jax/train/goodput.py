@@ -111,7 +111,8 @@ class Books:
 def goodput(run: Path) -> tuple[dict[str, float], int]:
     """Seconds of each kind from the first start of a run to its last line, and how often it was started.
 
-    Their sum is the wall time without that between an end and the next start. A stretch whose steps were taken again later is lost, whatever it was spent on.
+    Their sum is the wall time without that between an end and the next start. A stretch whose steps were taken again later is
+    lost, whatever it was spent on.
 
     Raises:
         InputError: the run has written no `goodput.jsonl`.
