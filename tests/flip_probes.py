@@ -41,6 +41,7 @@ from onerec_jax.evaluate.rerank import Reranker
 from onerec_jax.generate import recommender
 from onerec_jax.generate.beam import Beams
 from onerec_jax.generate.ranking import rank
+from onerec_jax.generate.step import make_catalogue as listed_catalogue
 from onerec_jax.model.onerec import build
 from onerec_jax.model.prefixes import device_trie, training_trie
 from onerec_jax.parallel import distributed
@@ -51,7 +52,7 @@ from onerec_jax.posttrain.experience import make_experience
 from onerec_jax.posttrain.group import Group
 from onerec_jax.posttrain.judge import make_judge
 from onerec_jax.posttrain.loop import reinforce, rl_recipe
-from onerec_jax.posttrain.rollout import Rollout, first_items
+from onerec_jax.posttrain.rollout import Rollout
 from onerec_jax.posttrain.rsft import rsft_recipe
 from onerec_jax.posttrain.step import Experience, make_rl_step
 from onerec_jax.reward.candidates import make_catalogue
@@ -508,9 +509,10 @@ def experience(recipe: Recipe, world: World) -> Any:
     built, request = _model(recipe, world), Pipeline(world.dataset, world.ids.codes, recipe).batch_at(0)
     params, tables = jax.eval_shape(lambda: built.init(0))
     policy = {"params": params, "tables": tables, "bias": jax.eval_shape(built.init_bias)}
-    trie, leaf_item = device_trie(world.ids.trie, recipe.model), first_items(world.ids.trie)
+    items = world.dataset.items
+    listed = listed_catalogue(world.ids.trie, recipe.model, items.author, items.tag)
     catalogue = make_catalogue(world.dataset, world.ids.codes)
-    given = (policy, policy, None, catalogue, request, request, trie, leaf_item, jax.random.key(0))
+    given = (policy, policy, None, catalogue, listed, request, request, jax.random.key(0))
     made: Any = make_experience(built, recipe, world.dataset.labels, None)
     return made.lower(*given).as_text()
 
@@ -555,7 +557,8 @@ def reinforcement(recipe: Recipe, world: World) -> Any:
         "lines": [line | {"time": 0} for line in lines],
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "behaviour": [digest(step["behaviour"]) for step in steps],
-        "requests": [len(step["request"].user) for step in steps],
+        "requests": [step["request"].target_item.shape for step in steps],
+        "answered": [int((step["request"].target_item >= 0).sum()) for step in steps],
         "logged": [len(step["logged"].user) for step in steps],
     }
 

@@ -140,7 +140,7 @@ def instant_reinforcement(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     steps: list[dict[str, Any]] = []
 
     def make_experience(model, recipe, labels, reward):
-        def stand_in(behaviour, began, reward_params, catalogue, request, history, trie, leaf_item, key):
+        def stand_in(behaviour, began, reward_params, catalogue, listed, request, history, key):
             steps.append({"behaviour": behaviour, "request": request})
             return None, {"reward": (1.0, 1.0), "reward/best": (1.0, 1.0)}
 

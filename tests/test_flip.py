@@ -300,6 +300,7 @@ FLIPS: dict[str, Flip] = {
     "rl.negatives": Flip(2, probe.rl_step, PREFERENCE),
     "rl.kl_weight": Flip(0.1, probe.rl_step),
     "rl.group": Flip(5, probe.experience, DRAWN),
+    "rl.ask": Flip("end", probe.reinforcement, {**SHORT_RL, "rl.rewards": {"diversity": 1.0}}),
     "rl.rollout": Flip("beam", probe.experience, DRAWN),
     "rl.constrained": Flip(True, probe.experience, DRAWN),
     "rl.temperature": Flip(2.0, probe.experience, DRAWN),

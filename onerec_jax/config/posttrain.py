@@ -79,6 +79,11 @@ class RLConfig(Section):
     )
     steps: int = setting(300, "optimizer steps", ge=1)
     requests: int = setting(16, "requests per step that candidates are generated for", ge=1)
+    ask: Literal["log", "end"] = setting(
+        "log",
+        "requests that candidates are generated for: those of the log, when they were made; end: every user's next one, after all "
+        "of train, which learnt rewards can judge",
+    )
     batch_size: int = setting(64, "logged requests per step, for the loss of RSFT", ge=1)
     ntp_weight: float = setting(1.0, "weight of the loss of RSFT, next-token prediction on the kept requests", ge=0)
     weight: float = setting(1.0, "weight of the objective", ge=0)
@@ -104,8 +109,10 @@ class RLConfig(Section):
         ge=0,
     )
     group: int = setting(128, "candidates per request", ge=2)
-    rollout: Literal["beam", "sample"] = setting(
-        "beam", "how candidates are generated; sample: at random without replacement"
+    rollout: Literal["beam", "sample", "served"] = setting(
+        "beam",
+        "how candidates are generated; sample: at random without replacement; served: the head of the list that evaluate makes, "
+        "with model.head both by both heads",
     )
     constrained: bool = setting(True, "generate along the trie; false: any codes, those of no item are left out")
     temperature: float = setting(1.0, "rollout sample: temperature", gt=0)
@@ -133,8 +140,16 @@ class RLConfig(Section):
     def _fits(self) -> RLConfig:
         if not any(self.rewards.values()):
             raise ValueError("rl.rewards weighs nothing: give at least one reward a weight, such as {p_score: 1.0}")
-        if self.rollout == "beam" and (self.top_k or self.top_p < 1 or self.temperature != 1):
+        if self.rollout != "sample" and (self.top_k or self.top_p < 1 or self.temperature != 1):
             raise ValueError("rl.temperature, rl.top_k and rl.top_p are of rl.rollout sample")
+        asking = [name for name in ("hit", "prefix_match", "ndcg_rank") if self.rewards.get(name)]
+        asking += [self.objective] if self.objective in ("s_dpo", "sprec") else []
+        if self.ask == "end" and asking:
+            raise ValueError(
+                f"rl.ask end has requests that nothing of the log answers, which {asking[0]} needs: rl.ask log"
+            )
+        if self.rollout == "served" and not self.constrained:
+            raise ValueError("rl.rollout served lists items, which needs rl.constrained")
         if self.rest_weight and not self.item_weight:
             raise ValueError(
                 "rl.rest_weight holds the item head to what it was, which only rl.item_weight moves: give both"

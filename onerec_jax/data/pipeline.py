@@ -39,7 +39,7 @@ class Pipeline:
         dataset: where the examples are.
         codes: semantic ID of each item, int32 [I,C].
         recipe: `train.batch_size`, loader settings, `data.targets`, the model's pathways and the seed.
-        split: which examples.
+        split: which examples; "end": every user's next request, after all of train, which has no targets.
         process_index: which of the processes this is.
         process_count: processes that share each global batch.
 
@@ -60,12 +60,14 @@ class Pipeline:
             raise InputError(
                 f"train.batch_size {recipe.train.batch_size} must be a multiple of the {process_count} processes"
             )
-        examples = dataset.examples(split)
-        if recipe.train.masked_share and split == "train":
-            users = np.flatnonzero(dataset.train_stops >= 2)
+        masked = recipe.train.masked_share and split == "train"
+        if masked or split == "end":
+            users = np.flatnonzero(dataset.train_stops >= (2 if masked else 1))
             ends = dataset.train_stops[users]
             examples = np.stack([users, ends, ends, ends], axis=1)
-        elif split == "train":
+        else:
+            examples = dataset.examples(split)
+        if split == "train" and not masked:
             examples = longest_watched(dataset, examples, recipe.train.kept_share, recipe.train.kept_per)
         if not len(examples):
             raise InputError(f"{dataset.directory} has no {split} examples; data.split of its recipe leaves none")
@@ -76,11 +78,10 @@ class Pipeline:
             )
         import grain  # Imports jax, which processes that only prepare data do not need.
 
-        masked = recipe.train.masked_share and split == "train"
         least = least_playtime(dataset, recipe.train.kept_share, recipe.train.kept_per) if masked else None
         order = _Order(
             grain.MapDataset.range(len(examples)).shuffle(seed=recipe.seed % 2**32).repeat(),
-            window_lengths(recipe.model, examples, recipe.data.targets, frozen=split != "train" and dataset.frozen)
+            window_lengths(recipe.model, examples, recipe.data.targets, frozen=_frozen(dataset, split))
             if recipe.train.length_buckets
             else None,
             (*recipe.train.length_buckets, recipe.model.short_length),
@@ -210,8 +211,12 @@ class _Load:
             least = None if self.least_playtime_s is None else self.least_playtime_s[users]
             targets = recipe.data.targets
             return make_masked_batch(*given, users, targets, train.masked_share, random, weights, least)
-        frozen = self.split != "train" and self.dataset.frozen
-        return make_batch(*given, chosen, recipe.data.targets, weights, frozen=frozen)
+        return make_batch(*given, chosen, recipe.data.targets, weights, frozen=_frozen(self.dataset, self.split))
+
+
+def _frozen(dataset: Dataset, split: str) -> bool:
+    """Whether contexts end at each example's cut, under a causal encoder too."""
+    return split == "end" or (split != "train" and dataset.frozen)
 
 
 class Damaged:

@@ -11,6 +11,7 @@ from jax import Array
 
 from onerec_jax.config import Recipe
 from onerec_jax.data.schema import Batch
+from onerec_jax.generate.step import Catalogue as Listed
 from onerec_jax.model.onerec import Model
 from onerec_jax.model.prefixes import DeviceTrie
 from onerec_jax.posttrain.group import Group
@@ -21,6 +22,7 @@ from onerec_jax.posttrain.rollout import (
     item_distribution,
     item_log_p,
     make_rollout,
+    make_served,
     read_request,
 )
 from onerec_jax.posttrain.step import AGAINST_THE_LOG, FROM_THE_START, Experience
@@ -51,13 +53,14 @@ def looked_at(searched: Rollout, size: int, key: Array) -> tuple[Array, Array, A
 def make_experience(
     model: Model, recipe: Recipe, labels: tuple[str, ...], reward: RewardModel | None
 ) -> Callable[..., tuple[Experience, Metrics]]:
-    """Jitted: (behaviour, start, reward's parameters, catalogue, request, history, trie, leaf_item, key) -> experience, metrics.
+    """Jitted: (behaviour, start, reward's parameters, catalogue, listed, request, history, key) -> experience, metrics.
 
-    `behaviour` is the policy that generates, `start` the one that RL began with; `request` and `history` are the same
-    requests as the policy and as the reward model read them. A pure function: with what it is given and the key, what is
-    generated after a restart is what was generated before.
+    `behaviour` is the policy that generates, `start` the one that RL began with; `catalogue` and `listed` are the items as the
+    reward model and as the policy know them, `request` and `history` the same requests as either reads them. A pure function:
+    with what it is given and the key, what is generated after a restart is what was generated before.
     """
     settings = recipe.rl
+    served_of = make_served(model, recipe) if settings.rollout == "served" else None
     rollout_of = make_rollout(model, settings)
     shared = not settings.constrained  # the format reward then looks at the same candidates
     looks = settings.format_weight > 0 and settings.format_samples > 0
@@ -80,15 +83,15 @@ def make_experience(
         start: Policy,
         reward_params: Any,
         catalogue: Catalogue,
+        listed: Listed,
         request: Batch,
         history: Batch,
-        trie: DeviceTrie,
-        leaf_item: Array,
         key: Array,
     ) -> tuple[Experience, Metrics]:
-        keys = jax.random.split(key, 4)
-        given = (behaviour["params"], behaviour["tables"], behaviour["bias"], request, trie, leaf_item)
-        rollout: Rollout = rollout_of(*given, keys[0])
+        keys, trie = jax.random.split(key, 4), listed.trie
+        asked = (behaviour["params"], behaviour["tables"], behaviour["bias"], request)
+        given = (*asked, trie, listed.items[listed.item_start[:-1]])
+        rollout: Rollout = rollout_of(*given, keys[0]) if served_of is None else served_of(*asked, listed)
         judged = judge(reward_params, catalogue, request, history, rollout)
         metrics = dict(judged.metrics)
         old = rollout.log_p_legal if settings.distribution == "legal" else rollout.log_p_all

@@ -21,14 +21,12 @@ from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.generate.recommender import FREQUENCIES, Recommender
-from onerec_jax.model.prefixes import device_trie
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import batch_sharding, put_batch
 from onerec_jax.posttrain.drift import make_drift
 from onerec_jax.posttrain.experience import Policy, make_experience
 from onerec_jax.posttrain.judge import check_rewards, learnt
-from onerec_jax.posttrain.rollout import first_items
 from onerec_jax.posttrain.rsft import rsft_recipe
 from onerec_jax.posttrain.step import make_rl_step
 from onerec_jax.reward.candidates import make_catalogue
@@ -117,12 +115,12 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
     if first:
         write_config(run, recipe)
 
-    trie, leaf_item = device_trie(ids.trie, recipe.model), jnp.asarray(first_items(ids.trie))
     catalogue = make_catalogue(dataset, ids.codes)
     experience = on_mesh(mesh, make_experience(model, recipe, dataset.labels, reward and reward[0]))
     drift = on_mesh(mesh, make_drift(model, recipe))
     step = on_mesh(mesh, _compiled(make_rl_step(model, recipe, optimizer), abstract, mesh))
     recommender = Recommender(run, recipe, dataset, ids, model, state)
+    listed = recommender.catalogue
     if settings.watch_every:
         watch, scorer = make_watch(recipe, dataset), reward and ListScorer(recipe, dataset, ids, *reward, mesh)
         guard = _Guard(recipe, lambda policy: watch(recommender.with_state(policy), scorer), report)
@@ -138,9 +136,9 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
                 request, history, of_log = (put_batch(next(p), mesh) for p in (requests, histories, logged))
             key = jax.random.fold_in(jax.random.key(recipe.seed + _REQUESTS), at)
             seen, of_rollout = experience(
-                behaviour, began, reward and reward[1], catalogue, request, history, trie, leaf_item, key
+                behaviour, began, reward and reward[1], catalogue, listed, request, history, key
             )
-            state, metrics = step(state, of_log, seen, trie)
+            state, metrics = step(state, of_log, seen, listed.trie)
             metrics = metrics | of_rollout
             window = metrics if window is None else add(window, metrics)
             at += 1
@@ -151,7 +149,7 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
             saving = leaving or last or at % settings.checkpoint_every == 0
             if saving or at % settings.log_every == 0:
                 policy = {name: getattr(state, name) for name in POLICY}
-                values, window = ratios(window | drift(began, policy, seen, trie)), None
+                values, window = ratios(window | drift(began, policy, seen, listed.trie)), None
                 if log is not None:
                     log.write(at, values)
                 session.log(at, values)
@@ -226,7 +224,11 @@ def _pipelines(
     history = reward_recipe(recipe.model_copy(update={"reward": reward})).model
     read = asked.model_copy(update={"model": history})
     index, count = share_of_process(mesh)
-    made = [Pipeline(dataset, ids.codes, r, process_index=index, process_count=count) for r in (recipe, asked, read)]
+    splits = ("train", *["train" if recipe.rl.ask == "log" else "end"] * 2)
+    made = [
+        Pipeline(dataset, ids.codes, r, split, process_index=index, process_count=count)
+        for r, split in zip((recipe, asked, read), splits, strict=True)
+    ]
     return made[0], made[1], made[2]
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from onerec_jax.config import RLConfig
+from onerec_jax.config import Recipe, RLConfig
 from onerec_jax.generate.beam import beam_search, events_seen
 from onerec_jax.generate.sample import sample
+from onerec_jax.generate.step import Catalogue, ListOptions, make_recommend_step
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.onerec import Model, OneRec
@@ -69,13 +70,13 @@ def make_rollout(
     ) -> Rollout:
         context = model.encode(params, tables, bias, batch)
         module = model.bind(params)
-        if config.rollout == "beam":
-            found = beam_search(module, context, bias, trie, group, free=unbound)
-        else:
+        if config.rollout == "sample":
             found = sample(
                 module, context, bias, trie, group, key,
                 free=unbound, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             )  # fmt: skip
+        else:
+            found = beam_search(module, context, bias, trie, group, free=unbound)
 
         def padded(values: Array, value: float) -> Array:
             rest = [(0, 0)] * (values.ndim - 2)
@@ -94,6 +95,34 @@ def make_rollout(
         )
 
     return rollout
+
+
+def make_served(model: Model, recipe: Recipe) -> Callable[..., Rollout]:
+    """Jitted: (params, tables, bias, batch, catalogue) -> the first `rl.group` items of the list that would be served.
+
+    Made as `evaluate` says: of both heads by `evaluate.beam_width` and `evaluate.item_weight`, corrected where the catalogue
+    has a shift, without items that the user met where `evaluate.exclude_seen` leaves those out.
+    """
+    settings = recipe.evaluate
+    options = ListOptions(k=recipe.rl.group, width=settings.beam_width, item_weight=settings.item_weight)
+    listed = make_recommend_step(model, options)
+
+    @jax.jit
+    def served(
+        params: Any, tables: dict[str, Table], bias: dict[str, Array], batch: Batch, catalogue: Catalogue
+    ) -> Rollout:
+        met = batch.short.item if settings.exclude_seen else jnp.zeros((batch.user.shape[0], 0), jnp.int32)
+        item, score = listed(params, tables, bias, catalogue, batch, met, None)
+        exists, row = item >= 0, jnp.maximum(item, 0)
+        codes = jnp.where(exists[..., None], catalogue.codes[row], 0)
+        module, context, _ = read_request(model, {"params": params, "tables": tables, "bias": bias}, batch)
+        log_p_all, log_p_legal = (
+            candidate_log_p(module, context, codes, exists, bias, catalogue.trie, kind) for kind in ("all", "legal")
+        )
+        leaf = jnp.where(exists, catalogue.leaf[row], -1)
+        return Rollout(codes, leaf, item, exists, score, log_p_all, log_p_legal)
+
+    return served
 
 
 def read_request(model: Model, policy: dict[str, Any], request: Batch) -> tuple[OneRec, Context, Batch]:

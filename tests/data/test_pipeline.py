@@ -85,7 +85,7 @@ def check_batch(dataset, codes, model, examples, targets, weights, frozen):
         events = plain_events(dataset, user)
         stop = min(stop, start + targets)
         assert batch.user[b].tolist() == [user, *dataset.user_features[user]]
-        now = events[start if start < len(events) else -1]["timestamp_ms"]
+        now = events[start if start < stop else cut - 1]["timestamp_ms"]
         if model.causal:
             end = cut if frozen else max(cut, stop - 1)
             begin = max(0, end - model.short_length)
@@ -155,10 +155,10 @@ def test_a_batch_holds_exactly_what_its_examples_may_see(logs, data):
     split = dataset.examples(data.draw(st.sampled_from(["train", "valid", "test"])))
     rows = data.draw(st.lists(st.integers(0, len(split) - 1), min_size=1, max_size=20))
     examples = np.array(split[rows])
-    if data.draw(st.booleans()):  # a user as of now: the whole history is the context, there is no target
+    if data.draw(st.booleans()):  # a user as of some moment: the history up to it is the context, there is no target
         user = examples[0, 0]
-        size = len(dataset.history(user).item)
-        examples = np.concatenate([examples, [[user, size, size, size]]])
+        cut = data.draw(st.integers(1, len(dataset.history(user).item)))
+        examples = np.concatenate([examples, [[user, cut, cut, cut]]])
     check_batch(
         dataset,
         codes_for(dataset),
@@ -292,6 +292,26 @@ def test_fewer_examples_than_a_batch_are_repeated(logs):
     assert batch.user.shape[0] == size
     counts = np.unique(np.concatenate([batch.user, batch.target_item], axis=1), axis=0, return_counts=True)[1]
     assert (counts % 3 == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_requests_at_the_end_of_train_are_of_every_user_once_and_read_train_alone(logs, causal):
+    dataset, codes = logs(0), codes_for(logs(0))
+    users = np.flatnonzero(dataset.train_stops)
+    own = recipe(
+        batch_size=len(users),
+        model={"short_length": 200, "causal": causal, "positive_length": 0, "lifelong_length": 0},
+    )
+    batch = Pipeline(dataset, codes, own, split="end").batch_at(0)
+    assert sorted(batch.user[:, 0].tolist()) == users.tolist() and (batch.target_item == -1).all()
+    for row, user in enumerate(batch.user[:, 0].tolist()):
+        history, stop = dataset.history(user), dataset.train_stop(user)
+        assert stop < len(history.item)  # there is something that must not be read
+        assert batch.short.item[row, :stop].tolist() == history.item[:stop].tolist()
+        assert (batch.short.item[row, stop:] == -1).all()
+        if not causal:
+            ages = (history.timestamp_ms[stop - 1] - history.timestamp_ms[:stop]) / 1000
+            np.testing.assert_allclose(batch.short.age_s[row, :stop], ages, rtol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(logs):

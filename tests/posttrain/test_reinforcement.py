@@ -28,6 +28,7 @@ from onerec_jax.errors import InputError, StoppedError
 from onerec_jax.evaluate.held_out import make_watch
 from onerec_jax.generate.load import load_recommender
 from onerec_jax.generate.recommender import FREQUENCIES, Recommender
+from onerec_jax.generate.step import ListOptions
 from onerec_jax.model.prefixes import device_trie
 from onerec_jax.model.tables import gather
 from onerec_jax.parallel.mesh import make_mesh
@@ -154,6 +155,29 @@ def test_the_first_step_is_on_policy_and_later_ones_are_not_until_the_policy_is_
     assert lines[3]["rl/ratio"] == pytest.approx(1.0, abs=1e-5), "the policy is refreshed after 3 steps"
     state, behaviour, _ = final(own, 4)
     assert not same_bits(state.params, behaviour["params"])
+
+
+def test_candidates_as_served_at_the_end_of_train_are_the_lists_of_the_run_it_starts_from(recipe: Recipe, monkeypatch):
+    own, steps = changed(recipe, "served", steps=1, ask="end", rollout="served", rewards={"diversity": 1.0}), []
+
+    def compiled(*_):
+        def step(state, logged, seen, trie):
+            steps.append(seen)
+            metrics = {"rl/loss": (1.0, 1.0), "policy/log_p": (1.0, 1.0), "gradient_norm": (1.0, 1.0)}
+            return state, metrics | {"skipped": (0.0, 1.0)}
+
+        return step
+
+    monkeypatch.setattr(rl_loop, "_compiled", compiled)
+    reinforce(own, no_watch, lambda line: None)
+    began = load_recommender(str(Path(recipe.runs) / "rl_tiny"))
+    users = np.asarray(steps[0].request.user)[:, 0]
+    ends = np.array([began.dataset.train_stop(user) for user in users.tolist()])
+    met = [began.dataset.history(user).item[:end][-6:] for user, end in zip(users.tolist(), ends.tolist(), strict=True)]
+    options = ListOptions(k=own.rl.group, width=own.evaluate.beam_width)
+    lists, _ = began.lists(np.stack([users, ends, ends, ends], axis=1), met, None, options)
+    np.testing.assert_array_equal(steps[0].codes, began.ids.codes[lists])
+    assert np.asarray(steps[0].group.valid).all() and lists.min() >= 0
 
 
 def test_without_refreshes_the_policy_that_generates_stays_the_start(recipe: Recipe):

@@ -11,10 +11,11 @@ from tiny import PLAIN, random_batch, tiny_model
 
 from onerec_jax.config import RLConfig
 from onerec_jax.data.schema import LABELS, Batch, Vocabulary
+from onerec_jax.generate.step import make_catalogue
 from onerec_jax.model.encoder import Encoder
 from onerec_jax.model.onerec import Model, build
 from onerec_jax.model.prefixes import device_trie
-from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, first_items, make_rollout
+from onerec_jax.posttrain.rollout import Rollout, candidate_log_p, first_items, make_rollout, make_served
 from onerec_jax.tokenizer.trie import Trie
 
 SIZES = (4, 3, 3)
@@ -170,6 +171,39 @@ def test_log_probabilities_of_given_candidates_equal_those_of_their_rollout_and_
     for leaf, again in zip(gradient, run(np.where(valid[..., None], rollout.codes, 1), valid)[1], strict=True):
         np.testing.assert_array_equal(leaf, again)
     assert all((leaf == 0).all() for leaf in run(codes, np.zeros_like(valid))[1])
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_served_candidates_are_the_head_of_the_list_by_both_heads(tiny_recipe, exclude_seen: bool):
+    """Against the scores of all items: 1.5 times those of the item head, moved by a shift, and those of the codes."""
+    model = build(tiny_model(**{**MODELS["legal"], "head": "both"}), VOCABULARY)
+    params, tables = model.init(0)
+    params["decoder"]["heads"] = jax.tree.map(lambda x: 2 * x, params["decoder"]["heads"])
+    parts, batch = (params, tables, model.init_bias()), random_batch(model.config, VOCABULARY, batch=3)
+    none, shift = np.zeros(9, np.int64), np.linspace(-1, 1, 9)[::-1]
+    catalogue = make_catalogue(TRIE, model.config, none, none, shift)
+    changes = {"beam_width": 9, "item_weight": 1.5, "exclude_seen": exclude_seen}
+    evaluate = tiny_recipe.evaluate.model_copy(update=changes)
+    recipe = tiny_recipe.model_copy(update={"evaluate": evaluate, "rl": RLConfig(rollout="served", group=7)})
+    found = jax.device_get(make_served(model, recipe)(*parts, batch, catalogue))
+
+    every = np.broadcast_to(CODES, (3, 9, 3))
+    among_all, among_legal = _log_p(Given(model, parts, batch, {}), every)
+    own = np.asarray(model.item_scores(params, batch, model.encode(*parts, batch), catalogue.trie)) + shift
+    score = among_legal.sum(-1) + 1.5 * (own - np.log(np.exp(own).sum(-1, keepdims=True)))
+    for b in range(3):
+        met = set(batch.short.item[b].tolist()) if exclude_seen else set()
+        expected = [item for item in np.argsort(-score[b]).tolist() if item not in met][:7]
+        n = len(expected)
+        assert n == 7 or exclude_seen
+        assert found.item[b].tolist() == expected + [-1] * (7 - n)
+        assert (found.exists[b] == (np.arange(7) < n)).all()
+        np.testing.assert_allclose(found.score[b, :n], score[b, expected], atol=1e-4)
+        np.testing.assert_array_equal(found.codes[b, :n], CODES[expected])
+        np.testing.assert_array_equal(TRIE.find(CODES[expected]), found.leaf[b, :n])
+        np.testing.assert_allclose(found.log_p_legal[b, :n], among_legal[b, expected], atol=1e-4)
+        np.testing.assert_allclose(found.log_p_all[b, :n], among_all[b, expected], atol=1e-4)
+        assert (found.leaf[b, n:] == -1).all() and np.isneginf(found.score[b, n:]).all()
 
 
 def test_a_request_is_encoded_once_whatever_the_number_of_its_candidates(monkeypatch: pytest.MonkeyPatch):
