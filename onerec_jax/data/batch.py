@@ -54,7 +54,7 @@ def make_batch(
 ) -> Batch:
     """The batch of some examples.
 
-    The request time of an example is the timestamp of its first target (of the event before its cut where there is none); ages
+    The request time of an example is the timestamp of its first target (of its last event where there is none); ages
     count from there, or under a causal encoder from the event before. A causal encoder's window reaches up to the last
     target but one, and `visible` tells how much of it each target may see; any other encoder's window ends at the cut.
     Of a longer target range the first `targets` are taken; `visible` of a missing target is the whole window.
@@ -211,7 +211,7 @@ def _fill_contexts(
 ) -> None:
     """Fills the rows `group` of the three pathways."""
     pairs = list(zip(histories, spans, strict=True))
-    request_ms = np.array([_request_ms(history, span) for history, span in pairs])
+    request_ms = np.array([_request_ms(history, span.start) for history, span in pairs])
     short = [history.rows[span.window_start : span.window_stop] for history, span in pairs]
     before_ms = [_time_before(history, span.window_start) for history, span in pairs] if model.causal else None
     _fill_pathway(batch.short, group, dataset, codes, short, request_ms, before_ms)
@@ -224,10 +224,9 @@ def _fill_contexts(
         _fill_pathway(batch.lifelong, group, dataset, codes, lifelong, request_ms)
 
 
-def _request_ms(history: History, span: _Span) -> int:
-    """The time of the first target; of the last event before the cut where there is none."""
-    place = span.start if span.start < span.stop else max(0, span.cut - 1)
-    return int(history.timestamp_ms[place]) if len(history.rows) else 0
+def _request_ms(history: History, start: int) -> int:
+    size = len(history.rows)
+    return int(history.timestamp_ms[min(start, size - 1)]) if size else 0
 
 
 def _time_before(history: History, position: int) -> int:

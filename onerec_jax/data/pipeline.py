@@ -64,7 +64,8 @@ class Pipeline:
         if masked or split == "end":
             users = np.flatnonzero(dataset.train_stops >= (2 if masked else 1))
             ends = dataset.train_stops[users]
-            examples = np.stack([users, ends, ends, ends], axis=1)
+            now = ends if masked else ends - 1  # the time of the request: what follows train is not to be known
+            examples = np.stack([users, ends, now, now], axis=1)
         else:
             examples = dataset.examples(split)
         if split == "train" and not masked:

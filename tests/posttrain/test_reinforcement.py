@@ -175,7 +175,7 @@ def test_candidates_as_served_at_the_end_of_train_are_the_lists_of_the_run_it_st
     ends = np.array([began.dataset.train_stop(user) for user in users.tolist()])
     met = [began.dataset.history(user).item[:end][-6:] for user, end in zip(users.tolist(), ends.tolist(), strict=True)]
     options = ListOptions(k=own.rl.group, width=own.evaluate.beam_width)
-    lists, _ = began.lists(np.stack([users, ends, ends, ends], axis=1), met, None, options)
+    lists, _ = began.lists(np.stack([users, ends, ends - 1, ends - 1], axis=1), met, None, options)
     np.testing.assert_array_equal(steps[0].codes, began.ids.codes[lists])
     assert np.asarray(steps[0].group.valid).all() and lists.min() >= 0
 
