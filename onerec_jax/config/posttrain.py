@@ -142,12 +142,6 @@ class RLConfig(Section):
             raise ValueError("rl.rewards weighs nothing: give at least one reward a weight, such as {p_score: 1.0}")
         if self.rollout != "sample" and (self.top_k or self.top_p < 1 or self.temperature != 1):
             raise ValueError("rl.temperature, rl.top_k and rl.top_p are of rl.rollout sample")
-        asking = [name for name in ("hit", "prefix_match", "ndcg_rank") if self.rewards.get(name)]
-        asking += [self.objective] if self.objective in ("s_dpo", "sprec") else []
-        if self.ask == "end" and asking:
-            raise ValueError(
-                f"rl.ask end has requests that nothing of the log answers, which {asking[0]} needs: rl.ask log"
-            )
         if self.rollout == "served" and not self.constrained:
             raise ValueError("rl.rollout served lists items, which needs rl.constrained")
         if self.rest_weight and not self.item_weight:

@@ -68,8 +68,8 @@ class Pipeline:
             examples = np.stack([users, ends, now, now], axis=1)
         else:
             examples = dataset.examples(split)
-        if split == "train" and not masked:
-            examples = longest_watched(dataset, examples, recipe.train.kept_share, recipe.train.kept_per)
+            if split == "train":
+                examples = longest_watched(dataset, examples, recipe.train.kept_share, recipe.train.kept_per)
         if not len(examples):
             raise InputError(f"{dataset.directory} has no {split} examples; data.split of its recipe leaves none")
         if len(codes) != dataset.num_items:

@@ -19,7 +19,8 @@ from onerec_jax.reward.pscore import RewardModel, learnt_rewards, reward_names
 from onerec_jax.reward.rules import hit, ndcg_rank, prefix_match
 from onerec_jax.train.metrics import Metrics
 
-RULES = ("hit", "prefix_match", "ndcg_rank", "diversity", "author_spread", "watched_quantile")
+BY_THE_LOG = ("hit", "prefix_match", "ndcg_rank")  # rules that ask what the user took next
+RULES = (*BY_THE_LOG, "diversity", "author_spread", "watched_quantile")
 
 
 class Judged(NamedTuple):

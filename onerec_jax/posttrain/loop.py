@@ -26,9 +26,9 @@ from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_p
 from onerec_jax.parallel.sharding import batch_sharding, put_batch
 from onerec_jax.posttrain.drift import make_drift
 from onerec_jax.posttrain.experience import Policy, make_experience
-from onerec_jax.posttrain.judge import check_rewards, learnt
+from onerec_jax.posttrain.judge import BY_THE_LOG, check_rewards, learnt
 from onerec_jax.posttrain.rsft import rsft_recipe
-from onerec_jax.posttrain.step import make_rl_step
+from onerec_jax.posttrain.step import AGAINST_THE_LOG, make_rl_step
 from onerec_jax.reward.candidates import make_catalogue
 from onerec_jax.reward.lists import ListScorer
 from onerec_jax.reward.training import load_reward, reward_recipe
@@ -176,6 +176,10 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
 
 def _check(recipe: Recipe, dataset: Dataset) -> None:
     check_rewards(recipe, dataset.labels)
+    answered = [name for name in BY_THE_LOG if recipe.rl.rewards.get(name)]
+    answered += [recipe.rl.objective] if recipe.rl.objective in AGAINST_THE_LOG else []
+    if recipe.rl.ask == "end" and answered:
+        raise InputError(f"rl.ask end has requests that the log does not answer, which {answered[0]} needs: rl.ask log")
     if recipe.model.head == "items":
         raise InputError("model.head items has no decoder to generate with: reinforcement learning needs codes or both")
     if recipe.rl.item_weight and recipe.model.head != "both":

@@ -348,6 +348,8 @@ def test_what_rl_makes_frequent_is_not_corrected_away(recipe: Recipe, monkeypatc
         ({"rewards": {"p_score": 1.0}}, "no run '.*refused-reward'"),
         ({"rewards": {"p_applause": 1.0}}, "rl.rewards names 'p_applause'; there are p_score, p_click"),
         ({"init_from": "nowhere"}, "no run 'nowhere'"),
+        ({"ask": "end"}, "rl.ask end has requests that the log does not answer, which hit needs: rl.ask log"),
+        ({"ask": "end", "rewards": {"diversity": 1.0}, "objective": "sprec"}, "which sprec needs: rl.ask log"),
         ({"item_weight": 1.0}, "rl.item_weight needs model.head both: codes has no item head beside its decoder"),
     ],
 )
