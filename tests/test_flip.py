@@ -292,6 +292,7 @@ FLIPS: dict[str, Flip] = {
     "rl.item_weight": Flip(1.0, probe.experience, {**BOTH_HEADS, **DRAWN}),
     "rl.rest_weight": Flip(0.5, probe.experience, {**BOTH_HEADS, **DRAWN, "rl.item_weight": 1.0}),
     "rl.learning_rate": Flip(2e-4, probe.rl_step),
+    "rl.final_rate": Flip(0.5, probe.rl_step),
     "rl.table_rate": Flip(2e-4, probe.rl_step),
     "rl.objective": Flip("grpo", probe.rl_step),
     "rl.clip": Flip(0.3, probe.rl_step),

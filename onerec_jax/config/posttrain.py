@@ -92,7 +92,8 @@ class RLConfig(Section):
         "weight of the objective on the item head's probabilities beside the codes' (model.head both), 0 = none",
         ge=0,
     )
-    learning_rate: float = setting(1e-4, "constant rate of AdamW", gt=0)
+    learning_rate: float = setting(1e-4, "rate of AdamW at the start", gt=0)
+    final_rate: float = setting(1.0, "share of it that a cosine ends at, 1 = the rate is constant", ge=0, le=1)
     table_rate: float = setting(1e-4, "rate of row-wise Adagrad on id tables", gt=0)
     objective: Literal["grpo", "ecpo", "gbpo", "dpo", "s_dpo", "ipa", "sprec", "best_of"] = setting(
         "ecpo", "what is done with the rewards of a group; see posttrain/objectives.py"

@@ -61,11 +61,11 @@ class Pipeline:
                 f"train.batch_size {recipe.train.batch_size} must be a multiple of the {process_count} processes"
             )
         masked = recipe.train.masked_share and split == "train"
-        if masked or split == "end":
-            users = np.flatnonzero(dataset.train_stops >= (2 if masked else 1))
-            ends = dataset.train_stops[users]
-            now = ends if masked else ends - 1  # the time of the request: what follows train is not to be known
-            examples = np.stack([users, ends, now, now], axis=1)
+        if masked:
+            users = np.flatnonzero(dataset.train_stops >= 2)
+            examples = np.stack([users, *[dataset.train_stops[users]] * 3], axis=1)
+        elif split == "end":
+            examples = dataset.requests_after_train()
         else:
             examples = dataset.examples(split)
             if split == "train":

@@ -124,6 +124,16 @@ class Dataset:
         """
         return self._examples[split]
 
+    def requests_after_train(self, user_rows: np.ndarray | None = None) -> np.ndarray:
+        """The next request, after all of train, of these users or of all: rows as `examples` has them, int64 [N,4].
+
+        It has no targets and is made at the time of the last event of train. Users without an event there have none.
+        """
+        users = np.arange(self.num_users) if user_rows is None else np.asarray(user_rows, np.int64)
+        users = users[self.train_stops[users] > 0]
+        ends = self.train_stops[users]
+        return np.stack([users, ends, ends - 1, ends - 1], axis=1)
+
     def train_stop(self, user_row: int) -> int:
         """The number of the user's events that belong to train; they come first."""
         return int(self.train_stops[user_row])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onerec_jax.generate.recommender import Recommender
+from onerec_jax.generate.recommender import Recommender, kept_frequencies
 from onerec_jax.parallel.mesh import make_mesh
 from onerec_jax.recipe import load_recipe
 from onerec_jax.train.checkpoint import Checkpoints, parse_run
@@ -30,4 +30,4 @@ def load_recommender(run: str, overrides: list[str] | tuple[str, ...] = (), *, r
         state, _ = checkpoints.restore(abstract, recipe, step)
     finally:
         checkpoints.close()
-    return Recommender(folder, recipe, dataset, ids, model, state)
+    return Recommender(folder, recipe, dataset, ids, model, state, kept_frequencies(folder))

@@ -34,9 +34,18 @@ SHIFT_USERS = 4096
 FREQUENCIES = "item_frequencies.npy"  # in the directory of an RL run: of the run it started from
 
 
+def kept_frequencies(run: Path) -> np.ndarray | None:
+    """Item frequencies float64 [I] that an RL run keeps of the run it started from; None: the run keeps none."""
+    kept = run / FREQUENCIES
+    if not kept.exists():
+        return None
+    with kept.open("rb") as file:
+        return np.load(file, allow_pickle=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recommender:
-    """Model, parameters, data and semantic IDs of one run."""
+    """Model, parameters, data and semantic IDs of one run; of an RL run, the item frequencies where RL began."""
 
     run: Path
     recipe: Recipe
@@ -44,6 +53,7 @@ class Recommender:
     ids: SemanticIds
     model: Model
     state: TrainState
+    frequencies: np.ndarray | None = None  # float64 [I], of `item_frequencies` where it is not the model's own
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -225,17 +235,14 @@ class Recommender:
     def item_frequencies(self) -> np.ndarray:
         """Mean P(item) float64 [I] by the item head over `SHIFT_USERS` users as they are where train ends.
 
-        Of an RL run that of the run it started from, as it was kept: by its own, whatever RL made more frequent would be taken
-        for something that the log had more of, and be undone.
+        Of an RL run that of the run it started from (`kept_frequencies`): by its own, whatever RL made more frequent would be
+        taken for something that the log had more of, and be undone.
         """
-        kept = self.run / FREQUENCIES
-        if kept.exists():
-            with kept.open("rb") as file:
-                return np.load(file, allow_pickle=False)
+        if self.frequencies is not None:
+            return self.frequencies
         users = self.dataset.num_users
         chosen = np.sort(np.random.default_rng(0).permutation(users)[:SHIFT_USERS])
-        ends = np.array([self.dataset.train_stop(user) for user in chosen.tolist()], np.int64)
-        examples = np.stack([chosen, ends, ends, ends], axis=1)[ends > 0]
+        examples = self.dataset.requests_after_train(chosen)
         total = np.zeros(self.dataset.num_items)
         for _, count, batch in self._batches(examples, self.recipe.evaluate.batch_size):
             found = self._score_all(self.state.params, self.state.tables, self.state.bias, batch, self._trie)

@@ -131,19 +131,34 @@ def make_recommend_step(model: Model, options: ListOptions) -> Callable[..., Lis
         allow: Array | None,
     ) -> Lists:
         context = model.encode(params, tables, bias, batch)
-        module = model.bind(params)
-        own = _item_log_p(model, params, batch, context, catalogue) if module.head is not None else None
-        if own is None:
-            found = _items_of_beams(_search(module, context, bias, catalogue, options, exclude, allow), catalogue)
-            return _listed(_permitted(found, exclude, allow), catalogue, options)
-        own = jnp.where(_may_list(own.shape, exclude, allow), own, -jnp.inf)
-        if module.decoder is None:
-            return _listed(_best(own, options), catalogue, options)
-        generated = _search(module, context, bias, catalogue, options, exclude, allow)
-        found = _permitted(_items_of_beams(generated, catalogue), exclude, allow)
-        return _listed(_joined(module, context, bias, catalogue, options, found, own), catalogue, options)
+        return list_items(model, options, params, bias, catalogue, batch, context, exclude, allow)
 
     return step
+
+
+def list_items(
+    model: Model,
+    options: ListOptions,
+    params: Any,
+    bias: dict[str, Array],
+    catalogue: Catalogue,
+    batch: Batch,
+    context: Context,
+    exclude: Array,
+    allow: Array | None,
+) -> Lists:
+    """What the step of `make_recommend_step` does once a batch is encoded, of `context`."""
+    module = model.bind(params)
+    own = _item_log_p(model, params, batch, context, catalogue) if module.head is not None else None
+    if own is None:
+        found = _items_of_beams(_search(module, context, bias, catalogue, options, exclude, allow), catalogue)
+        return _listed(_permitted(found, exclude, allow), catalogue, options)
+    own = jnp.where(_may_list(own.shape, exclude, allow), own, -jnp.inf)
+    if module.decoder is None:
+        return _listed(_best(own, options), catalogue, options)
+    generated = _search(module, context, bias, catalogue, options, exclude, allow)
+    found = _permitted(_items_of_beams(generated, catalogue), exclude, allow)
+    return _listed(_joined(module, context, bias, catalogue, options, found, own), catalogue, options)
 
 
 def _item_log_p(model: Model, params: Any, batch: Batch, context: Context, catalogue: Catalogue) -> Array:

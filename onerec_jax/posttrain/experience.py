@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,33 @@ def looked_at(searched: Rollout, size: int, key: Array) -> tuple[Array, Array, A
         return jnp.take_along_axis(x, first_BxK.reshape(*first_BxK.shape, *[1] * (x.ndim - 2)), axis=1)
 
     return of_them(searched.codes), of_them(searched.log_p_all), of_them(advantage > 0)
+
+
+class _Judged(NamedTuple):
+    """Candidates and what is known of them."""
+
+    codes: Array  # int32 [B,G,C]
+    item: Array  # int32 [B,G]
+    old: Array  # float32 [B,G,C], log-probabilities under the policy that generates
+    reward: Array  # float32 [B,G]
+    valid: Array  # bool [B,G]
+    logged: Array  # bool [B,G], of the log and not generated
+
+
+def _with_log(found: _Judged, request: Batch, liked_BxT: Array, old_BxTxC: Array) -> _Judged:
+    """The candidates, less those that the log liked, and after them the targets of the log, which earn nothing."""
+    same_BxGxT = jnp.all(found.codes[:, :, None] == request.targets[:, None], axis=-1)
+    met_BxG = jnp.any(same_BxGxT & liked_BxT[:, None], axis=-1)
+    log = _Judged(
+        codes=request.targets,
+        item=request.target_item,
+        old=old_BxTxC,
+        reward=jnp.zeros(liked_BxT.shape),
+        valid=liked_BxT,
+        logged=jnp.ones_like(liked_BxT),
+    )
+    found = found._replace(valid=found.valid & ~met_BxG)
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), found, log)
 
 
 def make_experience(
@@ -95,21 +122,15 @@ def make_experience(
         judged = judge(reward_params, catalogue, request, history, rollout)
         metrics = dict(judged.metrics)
         old = rollout.log_p_legal if settings.distribution == "legal" else rollout.log_p_all
-        codes, item, valid, reward = rollout.codes, rollout.item, judged.valid, judged.reward
-        logged = jnp.zeros(valid.shape, bool)
+        found = _Judged(
+            rollout.codes, rollout.item, old, judged.reward, judged.valid, jnp.zeros(judged.valid.shape, bool)
+        )
         if settings.objective in AGAINST_THE_LOG:
             liked = request.target_weight > 0
             if positive:
                 liked &= jnp.any(request.feedback[..., jnp.array(positive)] > 0, axis=-1)
-            theirs = log_p(behaviour, request, request.targets, liked, trie)
-            met = jnp.any(jnp.all(codes[:, :, None] == request.targets[:, None], axis=-1) & liked[:, None], axis=-1)
-            codes = jnp.concatenate([codes, request.targets], axis=1)
-            item = jnp.concatenate([item, request.target_item], axis=1)
-            old = jnp.concatenate([old, theirs], axis=1)
-            reward = jnp.concatenate([reward, jnp.zeros(liked.shape)], axis=1)
-            valid, logged = (
-                jnp.concatenate(pair, axis=1) for pair in ((valid & ~met, liked), (logged, jnp.ones_like(liked)))
-            )
+            found = _with_log(found, request, liked, log_p(behaviour, request, request.targets, liked, trie))
+        codes, item, old, reward, valid, logged = found
         reference = old
         if from_the_start:
             reference = log_p(start, request, codes, valid, trie)

@@ -20,7 +20,7 @@ from onerec_jax.config import Recipe, RewardConfig
 from onerec_jax.data.pipeline import Pipeline
 from onerec_jax.data.store import Dataset
 from onerec_jax.errors import InputError, StoppedError
-from onerec_jax.generate.recommender import FREQUENCIES, Recommender
+from onerec_jax.generate.recommender import FREQUENCIES, Recommender, kept_frequencies
 from onerec_jax.parallel.distributed import start
 from onerec_jax.parallel.mesh import check_batch, make_mesh, on_mesh, share_of_process
 from onerec_jax.parallel.sharding import batch_sharding, put_batch
@@ -50,7 +50,7 @@ _REQUESTS = 7919  # apart from the recipe's seed: which requests candidates are 
 
 
 def rl_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the RL run `NAME-rl`: RSFT's requests, a constant rate."""
+    """The recipe of the RL run `NAME-rl`: RSFT's requests, rates of its own."""
     settings = recipe.rl
     changes = {
         "init_from": settings.init_from or str(rsft_recipe(recipe).run_directory),
@@ -59,7 +59,8 @@ def rl_recipe(recipe: Recipe) -> Recipe:
         "steps": settings.steps,
         "batch_size": settings.batch_size,
         "warmup_steps": 0,
-        "schedule": "constant",
+        "schedule": "constant" if settings.final_rate == 1 else "cosine",
+        "final_rate": settings.final_rate,
         "learning_rate": settings.learning_rate,
         "table_rate": settings.table_rate,
         "half_life_from": 0.0,
@@ -103,15 +104,14 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
         behaviour: Policy = checkpoints.restore_behaviour(abstract)
         for pipeline in (logged, requests, histories):
             pipeline.restore(position)
+        frequencies = kept_frequencies(run)
         report(f"resumed {run} at step {int(state.step)}")
     else:
         state = dataclasses.replace(create_state(model, optimizer, recipe.seed, mesh), **_copy(began))
         behaviour = _copy(began)
-        if recipe.evaluate.label_shift_days:
-            before = Recommender(_start_run(recipe), recipe, dataset, ids, model, state).item_frequencies()
-            if first:
-                with (run / FREQUENCIES).open("wb") as file:
-                    np.save(file, before)
+        source = _start_run(recipe)
+        before = Recommender(source, recipe, dataset, ids, model, state, kept_frequencies(source))
+        frequencies = _keep_frequencies(before, run) if recipe.evaluate.label_shift_days else None
     if first:
         write_config(run, recipe)
 
@@ -119,7 +119,7 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
     experience = on_mesh(mesh, make_experience(model, recipe, dataset.labels, reward and reward[0]))
     drift = on_mesh(mesh, make_drift(model, recipe))
     step = on_mesh(mesh, _compiled(make_rl_step(model, recipe, optimizer), abstract, mesh))
-    recommender = Recommender(run, recipe, dataset, ids, model, state)
+    recommender = Recommender(run, recipe, dataset, ids, model, state, frequencies)
     listed = recommender.catalogue
     if settings.watch_every:
         watch, scorer = make_watch(recipe, dataset), reward and ListScorer(recipe, dataset, ids, *reward, mesh)
@@ -204,13 +204,22 @@ def _start_run(recipe: Recipe) -> Path:
 
 
 def _start_policy(recipe: Recipe, abstract: TrainState) -> Policy:
-    """The run that RL starts from."""
+    """The policy of the run that RL starts from."""
     folder, step = served_run(*parse_run(recipe.train.init_from or "", recipe.runs))
     other = Checkpoints(folder)
     try:
         return other.restore_model(abstract, recipe, step)
     finally:
         other.close()
+
+
+def _keep_frequencies(before: Recommender, run: Path) -> np.ndarray:
+    """The item frequencies by which the run's lists are corrected, those of the run that it starts from; kept beside it."""
+    frequencies = before.item_frequencies()
+    if jax.process_index() == 0:
+        with (run / FREQUENCIES).open("wb") as file:
+            np.save(file, frequencies)
+    return frequencies
 
 
 def _copy(policy: Policy) -> Policy:

@@ -14,7 +14,7 @@ from jax import Array
 from onerec_jax.config import Recipe, RLConfig
 from onerec_jax.generate.beam import beam_search, events_seen
 from onerec_jax.generate.sample import sample
-from onerec_jax.generate.step import Catalogue, ListOptions, make_recommend_step
+from onerec_jax.generate.step import Catalogue, ListOptions, list_items
 from onerec_jax.model.batch import Batch
 from onerec_jax.model.encoder import Context
 from onerec_jax.model.onerec import Model, OneRec
@@ -105,19 +105,19 @@ def make_served(model: Model, recipe: Recipe) -> Callable[..., Rollout]:
     """
     settings = recipe.evaluate
     options = ListOptions(k=recipe.rl.group, width=settings.beam_width, item_weight=settings.item_weight)
-    listed = make_recommend_step(model, options)
 
     @jax.jit
     def served(
         params: Any, tables: dict[str, Table], bias: dict[str, Array], batch: Batch, catalogue: Catalogue
     ) -> Rollout:
         met = batch.short.item if settings.exclude_seen else jnp.zeros((batch.user.shape[0], 0), jnp.int32)
-        item, score = listed(params, tables, bias, catalogue, batch, met, None)
+        context, module = model.encode(params, tables, bias, batch), model.bind(params)
+        item, score = list_items(model, options, params, bias, catalogue, batch, context, met, None)
         exists, row = item >= 0, jnp.maximum(item, 0)
         codes = jnp.where(exists[..., None], catalogue.codes[row], 0)
-        module, context, _ = read_request(model, {"params": params, "tables": tables, "bias": bias}, batch)
+        logits = _logits(module, context, codes, exists, bias)
         log_p_all, log_p_legal = (
-            candidate_log_p(module, context, codes, exists, bias, catalogue.trie, kind) for kind in ("all", "legal")
+            _of_codes(_distributions(logits, codes, catalogue.trie, kind), codes, exists) for kind in ("all", "legal")
         )
         leaf = jnp.where(exists, catalogue.leaf[row], -1)
         return Rollout(codes, leaf, item, exists, score, log_p_all, log_p_legal)
@@ -154,15 +154,27 @@ def candidate_distributions(
     Raises:
         ValueError: "legal" without a trie.
     """
-    assert module.decoder is not None, "a model with an item head has no codes to score"
     codes = jnp.where(valid_BxG[..., None], codes_BxGxC, 0)
+    return _distributions(_logits(module, context, codes, valid_BxG, bias), codes, trie, distribution)
+
+
+def _logits(
+    module: OneRec, context: Context, codes_BxGxC: Array, valid_BxG: Array, bias: dict[str, Array]
+) -> tuple[Array, ...]:
+    """Those of every level [B,G,V], from one pass of the decoder."""
+    assert module.decoder is not None, "a model with an item head has no codes to score"
     visible = jnp.broadcast_to(events_seen(context), valid_BxG.shape)
-    logits, _ = module.decoder(context, codes, visible, valid_BxG, bias["decoder"], None)
+    return module.decoder(context, codes_BxGxC, visible, valid_BxG, bias["decoder"], None)[0]
+
+
+def _distributions(
+    logits: tuple[Array, ...], codes_BxGxC: Array, trie: DeviceTrie | None, distribution: Literal["all", "legal"]
+) -> list[Array]:
     if distribution == "all":
         return [jax.nn.log_softmax(level) for level in logits]
     if trie is None:
         raise ValueError("rl.distribution legal needs the trie of the semantic IDs")
-    return [log_p for log_p, _ in legal_log_probabilities(logits, codes, trie)]
+    return [log_p for log_p, _ in legal_log_probabilities(logits, codes_BxGxC, trie)]
 
 
 def candidate_log_p(
@@ -179,6 +191,11 @@ def candidate_log_p(
     As `candidate_distributions`; what is not valid has log P 0 and no gradient.
     """
     levels = candidate_distributions(module, context, codes_BxGxC, valid_BxG, bias, trie, distribution)
+    return _of_codes(levels, codes_BxGxC, valid_BxG)
+
+
+def _of_codes(levels: list[Array], codes_BxGxC: Array, valid_BxG: Array) -> Array:
+    """log P of the codes of each candidate [B,G,C], 0 where it is not valid."""
     codes = jnp.where(valid_BxG[..., None], codes_BxGxC, 0)
     own = [jnp.take_along_axis(log_p, codes[..., i, None], axis=-1) for i, log_p in enumerate(levels)]
     return jnp.where(valid_BxG[..., None], jnp.concatenate(own, axis=-1), 0.0)

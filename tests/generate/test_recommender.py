@@ -85,11 +85,11 @@ def test_narrow_beams_are_joined_by_the_best_items_of_the_other_head(tiny_recipe
 
 
 def test_lists_are_corrected_to_what_was_liked_of_late(tiny_recipe):
-    """Every item a candidate; the model's own frequencies counted from the ends of all users' train parts."""
+    """Every item a candidate; the model's own frequencies of the next request after each user's train part."""
     recommender = both_heads(tiny_recipe, beam_width=200, item_weight=2.0, label_shift_days=3.0, label_shift_prior=7.0)
     dataset = recommender.dataset
     stops = np.array([dataset.train_stop(user) for user in range(dataset.num_users)])
-    ends = np.stack([np.arange(dataset.num_users), stops, stops, stops], axis=1)[stops > 0]
+    ends = np.stack([np.arange(dataset.num_users), stops, stops - 1, stops - 1], axis=1)[stops > 0]
     frequency = np.exp(scores_by_both(recommender, ends)[0]).mean(axis=0)
     histories = [dataset.history(user) for user in range(dataset.num_users)]
     last = max(h.timestamp_ms[:stop].max(initial=0) for h, stop in zip(histories, stops, strict=True))

@@ -172,10 +172,10 @@ def test_candidates_as_served_at_the_end_of_train_are_the_lists_of_the_run_it_st
     reinforce(own, no_watch, lambda line: None)
     began = load_recommender(str(Path(recipe.runs) / "rl_tiny"))
     users = np.asarray(steps[0].request.user)[:, 0]
-    ends = np.array([began.dataset.train_stop(user) for user in users.tolist()])
-    met = [began.dataset.history(user).item[:end][-6:] for user, end in zip(users.tolist(), ends.tolist(), strict=True)]
+    examples = began.dataset.requests_after_train(users)
+    met = [began.dataset.history(user).item[:end][-6:] for user, end in examples[:, :2].tolist()]
     options = ListOptions(k=own.rl.group, width=own.evaluate.beam_width)
-    lists, _ = began.lists(np.stack([users, ends, ends - 1, ends - 1], axis=1), met, None, options)
+    lists, _ = began.lists(examples, met, None, options)
     np.testing.assert_array_equal(steps[0].codes, began.ids.codes[lists])
     assert np.asarray(steps[0].group.valid).all() and lists.min() >= 0
 
@@ -337,6 +337,7 @@ def test_what_rl_makes_frequent_is_not_corrected_away(recipe: Recipe, monkeypatc
     before, after = (frequencies(runs / "start", policy) for policy in (SimpleNamespace(**began), moved.state))
     assert before.sum() == pytest.approx(1) and np.abs(np.log(before / after)).max() > 0.1
     np.testing.assert_array_equal(moved.item_frequencies(), before)
+    np.testing.assert_array_equal(dataclasses.replace(moved, run=runs / "row").item_frequencies(), before)
     again = changed(own, "shifted_again", init_from=str(run))  # RL of an RL run: still those of the first start
     monkeypatch.setattr(rl_loop, "_start_policy", lambda *_: {name: getattr(moved.state, name) for name in began})
     np.testing.assert_array_equal(np.load(reinforce(again, no_watch, lambda line: None) / FREQUENCIES), before)

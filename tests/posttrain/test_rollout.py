@@ -173,8 +173,21 @@ def test_log_probabilities_of_given_candidates_equal_those_of_their_rollout_and_
     assert all((leaf == 0).all() for leaf in run(codes, np.zeros_like(valid))[1])
 
 
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The requests of every batch that is encoded while the test traces."""
+    seen, encode = [], Encoder.__call__
+
+    def watched(self, batch, *rest):
+        seen.append(batch.user.shape[0])
+        return encode(self, batch, *rest)
+
+    monkeypatch.setattr(Encoder, "__call__", watched)
+    return seen
+
+
 @pytest.mark.parametrize("exclude_seen", [True, False])
-def test_served_candidates_are_the_head_of_the_list_by_both_heads(tiny_recipe, exclude_seen: bool):
+def test_served_candidates_are_the_head_of_the_list_by_both_heads(tiny_recipe, encoded, exclude_seen: bool):
     """Against the scores of all items: 1.5 times those of the item head, moved by a shift, and those of the codes."""
     model = build(tiny_model(**{**MODELS["legal"], "head": "both"}), VOCABULARY)
     params, tables = model.init(0)
@@ -186,6 +199,7 @@ def test_served_candidates_are_the_head_of_the_list_by_both_heads(tiny_recipe, e
     evaluate = tiny_recipe.evaluate.model_copy(update=changes)
     recipe = tiny_recipe.model_copy(update={"evaluate": evaluate, "rl": RLConfig(rollout="served", group=7)})
     found = jax.device_get(make_served(model, recipe)(*parts, batch, catalogue))
+    assert encoded == [3]
 
     every = np.broadcast_to(CODES, (3, 9, 3))
     among_all, among_legal = _log_p(Given(model, parts, batch, {}), every)
@@ -206,14 +220,7 @@ def test_served_candidates_are_the_head_of_the_list_by_both_heads(tiny_recipe, e
         assert (found.leaf[b, n:] == -1).all() and np.isneginf(found.score[b, n:]).all()
 
 
-def test_a_request_is_encoded_once_whatever_the_number_of_its_candidates(monkeypatch: pytest.MonkeyPatch):
-    seen, encode = [], Encoder.__call__
-
-    def watched(self, batch, *rest):
-        seen.append(batch.user.shape[0])
-        return encode(self, batch, *rest)
-
-    monkeypatch.setattr(Encoder, "__call__", watched)
+def test_a_request_is_encoded_once_whatever_the_number_of_its_candidates(encoded: list[int]):
     model = build(tiny_model(**PLAIN), VOCABULARY)
     batch, codes = random_batch(model.config, VOCABULARY, batch=3), jnp.zeros((3, 64, 3), jnp.int32)
     arguments = _arguments(model, (*model.init(0), model.init_bias()), batch)
@@ -229,7 +236,7 @@ def test_a_request_is_encoded_once_whatever_the_number_of_its_candidates(monkeyp
         return candidate_log_p(module, context, codes, jnp.ones((3, 64), bool), bias, trie, "legal")
 
     assert jax.eval_shape(scored, *arguments[:5]).shape == codes.shape
-    assert seen == [3] * 5
+    assert encoded == [3] * 5
 
 
 def test_the_legal_distribution_without_a_trie_is_an_error():
