@@ -109,9 +109,11 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
     else:
         state = dataclasses.replace(create_state(model, optimizer, recipe.seed, mesh), **_copy(began))
         behaviour = _copy(began)
-        source = _start_run(recipe)
-        before = Recommender(source, recipe, dataset, ids, model, state, kept_frequencies(source))
-        frequencies = _keep_frequencies(before, run) if recipe.evaluate.label_shift_days else None
+        frequencies = None
+        if recipe.evaluate.label_shift_days:
+            source = _start_run(recipe)
+            before = Recommender(source, recipe, dataset, ids, model, state, kept_frequencies(source))
+            frequencies = _keep_frequencies(before, run)
     if first:
         write_config(run, recipe)
 
