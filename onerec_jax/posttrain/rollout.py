@@ -170,6 +170,7 @@ def _logits(
 def _distributions(
     logits: tuple[Array, ...], codes_BxGxC: Array, trie: DeviceTrie | None, distribution: Literal["all", "legal"]
 ) -> list[Array]:
+    """As `candidate_distributions`, of the decoder's logits."""
     if distribution == "all":
         return [jax.nn.log_softmax(level) for level in logits]
     if trie is None:
