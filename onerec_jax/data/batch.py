@@ -54,7 +54,7 @@ def make_batch(
 ) -> Batch:
     """The batch of some examples.
 
-    The request time of an example is the timestamp of its first target (of its last event where there is none); ages
+    The request time of an example is that of the event at its target start (of the history's last one where it ends before); ages
     count from there, or under a causal encoder from the event before. A causal encoder's window reaches up to the last
     target but one, and `visible` tells how much of it each target may see; any other encoder's window ends at the cut.
     Of a longer target range the first `targets` are taken; `visible` of a missing target is the whole window.

@@ -111,7 +111,7 @@ def _reinforce(recipe: Recipe, make_watch: MakeWatch, report: Report, session: S
         behaviour = _copy(began)
         frequencies = None
         if recipe.evaluate.label_shift_days:
-            source = _start_run(recipe)
+            source, _ = _start_run(recipe)
             before = Recommender(source, recipe, dataset, ids, model, state, kept_frequencies(source))
             frequencies = _keep_frequencies(before, run)
     if first:
@@ -200,14 +200,14 @@ def _reward_run(recipe: Recipe) -> str:
     return recipe.rl.reward_run or str(reward_recipe(base).run_directory)
 
 
-def _start_run(recipe: Recipe) -> Path:
-    """The directory of the run that RL starts from."""
-    return served_run(*parse_run(recipe.train.init_from or "", recipe.runs))[0]
+def _start_run(recipe: Recipe) -> tuple[Path, int | None]:
+    """The directory of the run that RL starts from, and the step; None: its newest."""
+    return served_run(*parse_run(recipe.train.init_from or "", recipe.runs))
 
 
 def _start_policy(recipe: Recipe, abstract: TrainState) -> Policy:
     """The policy of the run that RL starts from."""
-    folder, step = served_run(*parse_run(recipe.train.init_from or "", recipe.runs))
+    folder, step = _start_run(recipe)
     other = Checkpoints(folder)
     try:
         return other.restore_model(abstract, recipe, step)
